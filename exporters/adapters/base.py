@@ -1,0 +1,174 @@
+"""What an adapter is to the rest of the package: a request for one, its modules, and the changes they make.
+
+An adapter file holds *modules*: groups of tensors that share a stem and together change one layer of a
+network. A *format* (LoRA, LoHa, ...) says which parameter suffixes it owns and turns a module into
+*weight updates*. A new format is one new file that satisfies ``AdapterFormat``, and one line in
+``formats.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ...errors import AdapterError, UsageError
+from ..tensors import TensorSource
+
+EXTENSIONS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+_EXPECTED = (
+    "expected FILE, FILE:STRENGTH or FILE:UNET_STRENGTH:TEXT_ENCODER_STRENGTH, such as style.safetensors:0.8"
+)
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """A request for one adapter: where it is and how strongly it acts on each network."""
+
+    path: Path
+    unet_strength: float = 1.0
+    text_encoder_strength: float | None = None
+
+    def __post_init__(self) -> None:
+        for value in (self.unet_strength, self.text_encoder_strength):
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{self.path}: the strength {value} is not a finite number; {_EXPECTED}")
+
+    def strength(self, network: str) -> float:
+        """The strength on ``network``; text encoders follow the UNet unless they have their own."""
+        if network.startswith("text_encoder") and self.text_encoder_strength is not None:
+            return self.text_encoder_strength
+        return self.unet_strength
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterRef:
+        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5`` (UNet, then text encoder).
+
+        Strengths are taken from the right, so a path may hold colons; a path that exists as typed is
+        taken as a whole.
+
+        Raises:
+            UsageError: no path, a strength that is not a finite number, or too many strengths.
+        """
+        head = text
+        strengths: list[float] = []
+        while len(strengths) < 2 and ":" in head and not _exists(head):
+            rest, _, field = head.rpartition(":")
+            try:
+                strengths.insert(0, float(field))
+            except ValueError:
+                break
+            head = rest
+        left_over = any(f"{extension}:" in head.lower() for extension in EXTENSIONS) and not _exists(head)
+        if not head.strip() or left_over:
+            raise UsageError(f"cannot read the adapter {text!r}: {_EXPECTED}")
+        return cls(Path(head), *strengths)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).exists()
+    except (OSError, ValueError):  # too long, or a NUL byte
+        return False
+
+
+@dataclass(frozen=True)
+class ModuleTensors:
+    """The tensors of one module, read on demand, with what a configuration file says about its scale.
+
+    ``keys`` maps a format's parameter names to the names in the file. ``alpha`` is None where no
+    configuration gives one; a stored alpha always goes before it.
+    """
+
+    stem: str
+    keys: Mapping[str, str]
+    source: TensorSource
+    alpha: float | None = None
+    rank_stabilized: bool = False
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Shape of a parameter that is present."""
+        return self.source.infos[self.keys[parameter]].shape
+
+    def read(self, parameter: str) -> np.ndarray:
+        """A parameter as float32.
+
+        Raises:
+            AdapterError: it is not of a floating point type, or holds NaN or infinity.
+        """
+        key = self.keys[parameter]
+        if self.source.infos[key].dtype not in _FLOATS:
+            raise self.error(
+                f"tensor {key!r} is of type {self.source.infos[key].dtype}; expected floating point"
+            )
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity and is refused below
+            value = self.source.read(key).astype(np.float32)
+        if not np.isfinite(value).all():
+            raise self.error(
+                f"tensor {key!r} holds NaN or infinity; the file is damaged or its training diverged"
+            )
+        return value
+
+    def scalar(self, parameter: str) -> float:
+        """A parameter with one element, such as ``alpha``, as a finite number."""
+        key = self.keys[parameter]
+        if self.source.infos[key].size != 1:
+            raise self.error(
+                f"tensor {key!r} has the shape {list(self.shape(parameter))}; expected a single number"
+            )
+        value = float(self.source.read(key).astype(np.float64).reshape(()))
+        if not math.isfinite(value):
+            raise self.error(f"tensor {key!r} is {value}; expected a finite number")
+        return value
+
+    def error(self, text: str) -> AdapterError:
+        """An error about this module, to be raised by the caller."""
+        return AdapterError(f"{self.source.path}: module {self.stem!r}: {text}")
+
+
+class WeightUpdate(Protocol):
+    """What one module adds to one tensor of the layer that it changes."""
+
+    @property
+    def parameter(self) -> str:
+        """The tensor of the layer: ``weight`` or ``bias``."""
+        ...
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """None when the update fits a tensor of ``shape``, else the shape it has, in words."""
+        ...
+
+    def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
+        """The change of the float32 ``weight`` at ``strength``: float32, of the weight's shape.
+
+        ``weight`` is the running value, with the updates before this one already in it; formats that
+        only add do not look at it.
+        """
+        ...
+
+
+class AdapterFormat(Protocol):
+    """A family of adapters: the suffixes it owns and how its modules become weight updates."""
+
+    @property
+    def name(self) -> str:
+        """How messages and reports call it."""
+        ...
+
+    @property
+    def suffixes(self) -> Mapping[str, str]:
+        """Key suffix (with its leading separator) -> parameter name."""
+        ...
+
+    def owns(self, parameters: frozenset[str]) -> bool:
+        """Whether a module with these parameters is of this format."""
+        ...
+
+    def updates(self, module: ModuleTensors) -> tuple[WeightUpdate, ...]:
+        """The updates of one module; raises AdapterError where its tensors contradict each other."""
+        ...

@@ -1,0 +1,78 @@
+"""Says what an adapter file is, without a base model: format, dialect, family, modules, ranks, types."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import ModuleTensors
+from .families import foreign_kind, guess_family
+from .keys import network_of
+from .open import Adapter, open_adapter
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """What is known of an adapter from its file alone.
+
+    ``kind`` is ``adapter``, or what the file is instead (``a FLUX LoRA``). ``family`` is None when the
+    tensors do not tell; ``family_reason`` is the observation. ``ranks``, ``alphas`` and ``dtypes`` count
+    modules, modules and tensors. ``size_bytes`` is that of the file.
+    """
+
+    path: Path
+    kind: str
+    formats: Mapping[str, int]
+    dialects: Mapping[str, int]
+    family: str | None
+    family_reason: str
+    modules: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[float, int]
+    dtypes: Mapping[str, int]
+    loose_keys: tuple[str, ...]
+    metadata: Mapping[str, str]
+    size_bytes: int
+
+
+def inspect_adapter(path: Path) -> AdapterInspection:
+    """Open an adapter and describe it.
+
+    Raises:
+        AdapterError: the file cannot be read.
+    """
+    adapter = open_adapter(path)
+    try:
+        return _describe(adapter)
+    finally:
+        adapter.source.close()
+
+
+def _describe(adapter: Adapter) -> AdapterInspection:
+    known = [module for module in adapter.modules if module.format]
+    infos = adapter.source.infos
+    foreign = foreign_kind(infos)
+    guess = guess_family(adapter)
+    family, reason = (None, f"it has {foreign[1]!r}") if foreign else (guess.family, guess.reason)
+    alphas: Counter[float] = Counter()
+    for module in known:
+        if "alpha" in module.keys:
+            alphas[ModuleTensors(module.stem, module.keys, adapter.source).scalar("alpha")] += 1
+    downs = [infos[module.keys["down"]].shape for module in known if "down" in module.keys]
+    return AdapterInspection(
+        path=adapter.path,
+        kind=foreign[0] if foreign else ("adapter" if known else "no adapter that Kiln knows"),
+        formats=dict(Counter(str(module.format) for module in known)),
+        dialects=dict(Counter(module.dialect for module in known)),
+        family=family,
+        family_reason=reason,
+        modules=dict(Counter(network_of(module.stem) for module in known)),
+        ranks=dict(Counter(shape[0] for shape in downs if shape)),
+        alphas=dict(alphas),
+        dtypes=dict(Counter(info.dtype for info in infos.values())),
+        loose_keys=adapter.loose_keys,
+        metadata=adapter.metadata,
+        size_bytes=adapter.path.stat().st_size,
+    )
