@@ -1,0 +1,71 @@
+"""Paths, captions and the noise schedule that the training scripts share."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPTokenizer
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+# The text encoder is taught to draft the picture at the positions after the caption:
+# position FIRST_PATCH + p describes patch p of a GRID x GRID division of the latents.
+CONTEXT_LENGTH = 32
+GRID = 4
+FIRST_PATCH = CONTEXT_LENGTH - GRID * GRID
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One training picture: its file stem, its name and the words people search it by."""
+
+    hexcode: str
+    label: str
+    tags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The caption that names this emoji and no other."""
+        return self.label.replace(": ", ", ").lower()
+
+
+def load_emojis(work: Path) -> list[Emoji]:
+    """The training set in the order of ``images.npy``."""
+    rows = json.loads((work / "emojis.json").read_text())
+    return [Emoji(hexcode, label, tuple(tags)) for hexcode, label, tags in rows]
+
+
+def caption(emoji: Emoji, rng: random.Random) -> str:
+    """One of the ways to ask for ``emoji``: its name, with an article, with tags, or by tags."""
+    kind = rng.random()
+    if kind < 0.6 or not emoji.tags:
+        return emoji.name
+    if kind < 0.75:
+        return ("an " if emoji.name[0] in "aeiou" else "a ") + emoji.name
+    count = min(len(emoji.tags), rng.randint(1, 4))
+    words = rng.sample(emoji.tags, count)
+    return ", ".join([emoji.name, *words] if kind < 0.9 else words)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Token ids ``(batch, CONTEXT_LENGTH)`` int64, padded with the end token as SD1 does."""
+    return tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=CONTEXT_LENGTH,
+        return_tensors="pt",
+    ).input_ids
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """The 1,000 values of SD1's noise schedule, float32."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(num_train_timesteps=1000, **BETAS).alphas_cumprod
