@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ class Emoji:
     def name(self) -> str:
         """The caption that names this emoji and no other."""
         return self.label.replace(": ", ", ").lower()
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows a module's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def load_emojis(work: Path) -> list[Emoji]:

@@ -10,12 +10,13 @@ Run: python -m training.dataset SOURCE WORK --model DIFFUSERS_FOLDER
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .common import argument_parser
 
 IMAGE_SIZE = 64
 # Emojibase groups that hold things one can name: faces, animals, food, places, activities, objects.
@@ -57,7 +58,7 @@ def encode(images: np.ndarray, model: Path) -> np.ndarray:
 
 def main() -> None:
     """Write images.npy, latents.npy and emojis.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, required=True)

@@ -9,13 +9,12 @@ Run: python -m training.evaluate WORK --model DIFFUSERS_FOLDER --sheet sheet.png
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .common import BETAS, load_emojis, tokenize
+from .common import BETAS, argument_parser, load_emojis, tokenize
 
 CAPTIONS = 200
 STEPS = 20
@@ -72,7 +71,7 @@ def contact_sheet(wanted: np.ndarray, made: np.ndarray, columns: int = 16, pairs
 
 def main() -> None:
     """Print the figures and save the sheet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cfg-scale", type=float, default=4.0)
@@ -84,7 +83,10 @@ def main() -> None:
     latents, images = draw(args.model, [emojis[i].name for i in wanted], args.cfg_scale, args.seed)
     found = ranks(latents, wanted, np.load(args.work / "latents.npy"))
     shares = ", ".join(f"top {k} {(found < k).mean():.1%}" for k in (1, 5, 20))
-    print(f"{CAPTIONS} captions, {STEPS} steps, guidance {args.cfg_scale:g}: {shares}, median rank {np.median(found) + 1:.0f}")
+    median = np.median(found) + 1
+    print(
+        f"{CAPTIONS} captions, {STEPS} steps, guidance {args.cfg_scale:g}: {shares}, median rank {median:.0f}"
+    )
     if args.sheet:
         contact_sheet(np.load(args.work / "images.npy")[wanted], images).save(args.sheet)
 

@@ -10,7 +10,6 @@ Run: python -m training.text_encoder WORK --model DIFFUSERS_FOLDER --minutes 10
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .common import CONTEXT_LENGTH, FIRST_PATCH, GRID, caption, load_emojis, tokenize
+from .common import CONTEXT_LENGTH, FIRST_PATCH, GRID, argument_parser, caption, load_emojis, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +51,7 @@ def shortened(model: Path) -> CLIPTextModel:
 
 def main() -> None:
     """Train for the minutes given and save the text encoder into WORK/model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
@@ -70,7 +69,9 @@ def main() -> None:
     encoder = shortened(args.model).train()
     head = torch.nn.Linear(encoder.config.hidden_size, target.shape[-1])
     parameters = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     start, step, losses = time.time(), 0, []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
         rate = LEARNING_RATE * min(1, (step + 1) / 200) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)

@@ -10,7 +10,6 @@ Run: python -m training.unet WORK --model DIFFUSERS_FOLDER --minutes 90
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .common import alphas_cumprod, caption, load_emojis, tokenize
+from .common import alphas_cumprod, argument_parser, caption, load_emojis, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,8 @@ SAVE_EVERY_S = 300
 
 def caption_bank(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Text states of several captions of each emoji, bfloat16 ``(emojis, captions, tokens, width)``,
-    with the plain name first, and the states of the empty caption ``(tokens, width)``."""
+    with the plain name first, and the states of the empty caption ``(tokens, width)``.
+    """
     import torch
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -62,6 +62,11 @@ def min_snr_weight(alpha: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
     """Loss weight of the noise prediction, min(SNR, gamma) / SNR (Hang et al., 2303.09556)."""
     snr = alpha / (1 - alpha)
     return snr.clamp(max=gamma) / snr
+
+
+def learning_rate(step: int, progress: float) -> float:
+    """Linear warm-up, then a cosine over the budget of time."""
+    return LEARNING_RATE * min(1, (step + 1) / 300) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
 
 
 class Trainer:
@@ -118,7 +123,7 @@ class Trainer:
 
 def main() -> None:
     """Train until the minutes are used up, counting earlier runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90)
@@ -135,7 +140,11 @@ def main() -> None:
     trainer = Trainer(args.work, args.model)
     budget, last, saved, losses = 60 * args.minutes, time.time(), time.time(), []
     while (progress := trainer.used_s / budget) < 1:
-        rate = LEARNING_RATE * min(1, (trainer.step + 1) / 300) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        rate = (
+            LEARNING_RATE
+            * min(1, (trainer.step + 1) / 300)
+            * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        )
         which = torch.randint(0, len(latents), (BATCH,))
         # Half of the time the plain name, which is what people type.
         variant = torch.randint(0, CAPTIONS_PER_EMOJI, (BATCH,)) * (torch.rand(BATCH) < 0.5)
@@ -154,7 +163,10 @@ def main() -> None:
         trainer.used_s, last = trainer.used_s + now - last, now
         if trainer.step % 100 == 0:
             speed = BATCH * trainer.step / trainer.used_s
-            print(f"{trainer.step} {trainer.used_s:.0f} s loss {np.mean(losses[-200:]):.4f} {speed:.0f} img/s", flush=True)
+            print(
+                f"{trainer.step} {trainer.used_s:.0f} s loss {np.mean(losses[-200:]):.4f} {speed:.0f} img/s",
+                flush=True,
+            )
         if now - saved > SAVE_EVERY_S:
             trainer.save()
             saved = last = time.time()
