@@ -1,0 +1,287 @@
+"""The pipeline: a bundle on a backend, turned into images request by request, without torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from .. import __version__
+from ..backends.base import Backend, PrepareOptions, Session
+from ..backends.registry import choose_backend, parse_backend
+from ..bundle import Bundle, open_bundle
+from ..cache import cache_folder
+from ..components import CONTRACTS
+from ..errors import UsageError
+from .denoiser import GuidedDenoiser
+from .events import Event, ImageReady, PhaseFinished, PhaseStarted, Record, StepFinished, Warned
+from .images import check_finite, check_images, to_uint8
+from .infotext import build_parameters
+from .noise import make_generators, make_noise_sampler
+from .request import Request
+from .samplers import resolve_sampler
+from .schedules import NoiseSchedule, resolve_schedule
+from .tokenizer import ClipTokenizer
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how to run: what the caller asks of every component alike."""
+
+    backend: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without an engine.
+
+        Raises:
+            UsageError: an unknown precision, or a number of threads below 0.
+        """
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"unknown precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.threads < 0:
+            raise UsageError(
+                f"threads {self.threads} is out of range; expected 0 (the engine chooses) or more"
+            )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images ``first`` to ``first + count - 1`` of a request, denoised together."""
+
+    index: int
+    batches: int
+    first: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"batch {self.index + 1} of {self.batches}"
+
+
+def _batches(count: int, size: int) -> list[_Batch]:
+    total = -(-count // size)
+    return [_Batch(i, total, i * size, min(size, count - i * size)) for i in range(total)]
+
+
+class Pipeline:
+    """A bundle opened on a backend. Sessions are prepared when first needed and kept per shape."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, device: str, settings: Settings) -> None:
+        """Use ``open`` instead, which chooses the backend."""
+        self.bundle, self.backend, self.device, self.settings = bundle, backend, device, settings
+        self._sessions: dict[str, tuple[Mapping[str, tuple[int, ...]], Session]] = {}
+
+    @classmethod
+    def open(cls, bundle: Bundle | str | Path, settings: Settings | None = None) -> Pipeline:
+        """Open a bundle on a backend; nothing is loaded yet.
+
+        Raises:
+            BundleError: the folder is no bundle or is damaged.
+            BackendUnavailable: the backend asked for is not here, or with ``auto`` none is.
+            UsageError: an unknown backend or precision.
+        """
+        settings = settings or Settings()
+        name, device = parse_backend(settings.backend)
+        backend = choose_backend(name)
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        return cls(opened, backend, device, settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all sessions."""
+        for _, session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+    @cached_property
+    def tokenizer(self) -> ClipTokenizer:
+        """The bundle's CLIP tokenizer."""
+        return ClipTokenizer.open(self.bundle.tokenizer_dir)
+
+    @cached_property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The noise levels the model was trained with."""
+        return NoiseSchedule.from_config(self.bundle.scheduler_config)
+
+    @cached_property
+    def vae_factor(self) -> int:
+        """Pixels per latent cell and side: 8 for SD1, 4 for the bundled model."""
+        config = self.bundle.config("vae_decoder")
+        if config.get("_class_name") == "AutoencoderTiny":
+            # diffusers' default, which configs may leave out, has four levels.
+            return int(2 ** (len(config.get("decoder_block_out_channels", (64,) * 4)) - 1))
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+
+    @property
+    def native_size(self) -> int:
+        """The side, in pixels, of the images the model was trained on."""
+        return int(self.bundle.config("unet")["sample_size"]) * self.vae_factor
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Carry out a request, event by event; every image arrives as soon as it is decoded.
+
+        Raises:
+            UsageError: a size that the model cannot draw.
+            BackendError: the engine refused or failed.
+            InvalidOutputError: a network gave NaN, or an image is flat; names the component.
+        """
+        request = request.with_seed()
+        width, height = self._size(request)
+        cells = (height // self.vae_factor, width // self.vae_factor)
+        states = yield from self._encode(request)
+        for work in _batches(request.count, request.batch_size):
+            latents = yield from self._denoise(request, states, work, cells)
+            images = yield from self._decode(latents)
+            for index, image in enumerate(images, start=work.first):
+                yield ImageReady(index, image, self._record(request, index, width, height))
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        width, height = request.width or self.native_size, request.height or self.native_size
+        # Every level of the UNet but the last halves the latents; two cells must be left to convolve.
+        least = self.vae_factor * 2 ** len(self.bundle.config("unet")["block_out_channels"])
+        if min(width, height) < least:
+            raise UsageError(
+                f"{width}x{height} is too small for {self.bundle.name}; "
+                f"each side needs at least {least} pixels"
+            )
+        return width, height
+
+    def _session(
+        self, component: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Generator[Event, None, Session]:
+        """Prepare ``component`` for ``shapes`` unless it is; the generator returns the session."""
+        held = self._sessions.get(component)
+        if held and held[0] == shapes:
+            return held[1]
+        yield PhaseStarted("load", component)
+        start = time.perf_counter()
+        if held:
+            held[1].close()
+            del self._sessions[component]
+        options = PrepareOptions(
+            shapes=shapes,
+            device=self.device,
+            precision=self.settings.precision,
+            threads=self.settings.threads,
+            cache_dir=cache_folder("compiled") if self.settings.cache else None,
+        )
+        session = self.backend.prepare(self.bundle.source(component), options)
+        self._sessions[component] = (shapes, session)
+        yield PhaseFinished("load", time.perf_counter() - start, component)
+        return session
+
+    def _encode(self, request: Request) -> Generator[Event, None, np.ndarray]:
+        """Hidden states of negative and positive prompt, float32 ``(2, tokens, width)``."""
+        guided = request.cfg_scale > 1
+        ids, cut = self.tokenizer.encode([request.negative_prompt, request.prompt])
+        for text in cut:
+            if text:
+                yield Warned(
+                    f"the prompt is longer than {self.tokenizer.max_length - 2} tokens; left out: {text!r}"
+                )
+        if not guided:
+            ids = ids[1:]
+        session = yield from self._session("text_encoder", {"input_ids": ids.shape})
+        yield PhaseStarted("encode")
+        start = time.perf_counter()
+        states = session.run({"input_ids": ids})["last_hidden_state"]
+        check_finite(states, "text_encoder")
+        yield PhaseFinished("encode", time.perf_counter() - start)
+        return states
+
+    def _denoise(
+        self, request: Request, states: np.ndarray, work: _Batch, cells: tuple[int, int]
+    ) -> Generator[Event, None, np.ndarray]:
+        """Latents of a batch, float32 ``(count, 4, *cells)``."""
+        guided = len(states) == 2
+        count = work.count
+        rows = count * (2 if guided else 1)
+        shape = (4, *cells)
+        session = yield from self._session(
+            "unet",
+            {"sample": (rows, *shape), "timestep": (), "encoder_hidden_states": (rows, *states.shape[1:])},
+        )
+        generators = make_generators(request.rng, int(request.seed or 0) + work.first, count)
+        sigmas = resolve_schedule(request.schedule).function(self.noise_schedule, request.steps)
+        x = np.stack([g.randn(shape) for g in generators]) * np.float32(sigmas[0])
+        denoiser = GuidedDenoiser(
+            unet=partial(_run_unet, session),
+            cond=np.repeat(states[-1:], count, axis=0),
+            uncond=np.repeat(states[:1], count, axis=0) if guided else None,
+            cfg_scale=request.cfg_scale,
+            sigma_to_timestep=self.noise_schedule.sigma_to_timestep,
+            prediction_type=str(self.bundle.manifest.get("prediction_type", "epsilon")),
+        )
+        yield PhaseStarted("denoise", str(work))
+        start = last = time.perf_counter()
+        steps = resolve_sampler(request.sampler).function(
+            denoiser, x, sigmas, make_noise_sampler(generators, shape)
+        )
+        for step in steps:
+            x, now = step.x, time.perf_counter()
+            yield StepFinished(step.index, step.total, now - last, work.index, work.batches, x)
+            last = time.perf_counter()
+        yield PhaseFinished("denoise", time.perf_counter() - start, str(work))
+        return x
+
+    def _decode(self, latents: np.ndarray) -> Generator[Event, None, np.ndarray]:
+        """Images, uint8 ``(count, h, w, 3)``, decoded one by one to bound the memory."""
+        config = self.bundle.config("vae_decoder")
+        scaled = latents / np.float32(config.get("scaling_factor") or 1.0) + np.float32(
+            config.get("shift_factor") or 0.0
+        )
+        session = yield from self._session("vae_decoder", {"latent_sample": (1, *latents.shape[1:])})
+        yield PhaseStarted("decode")
+        start = time.perf_counter()
+        images = []
+        for latent in scaled:
+            sample = session.run({"latent_sample": latent[None].astype(np.float32)})["sample"]
+            check_finite(sample, "vae_decoder")
+            images.append(to_uint8(sample)[0])
+        pixels = np.stack(images)
+        check_images(pixels, "vae_decoder")
+        yield PhaseFinished("decode", time.perf_counter() - start)
+        return pixels
+
+    def _record(self, request: Request, index: int, width: int, height: int) -> Record:
+        seed = int(request.seed or 0) + index
+        text = build_parameters(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            steps=request.steps,
+            sampler=resolve_sampler(request.sampler).title,
+            schedule=resolve_schedule(request.schedule).title,
+            cfg_scale=request.cfg_scale,
+            seed=seed,
+            width=width,
+            height=height,
+            model_hash=self.bundle.content_digest[:10],
+            model=self.bundle.name,
+            rng={"cpu": "CPU", "cuda": "NV"}[request.rng],
+            lora_hashes={a.name: a.sha256[:12] for a in self.bundle.adapters},
+            version=f"kiln {__version__}",
+        )
+        return Record(seed, width, height, text, {c: s.in_force for c, (_, s) in self._sessions.items()})
+
+
+def _run_unet(session: Session, sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+    port = CONTRACTS["unet"].outputs[0].name
+    feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
+    return session.run(feeds)[port]
