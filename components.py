@@ -48,13 +48,23 @@ CONTRACTS: dict[str, Contract] = {
     ),
     "vae_decoder": Contract(
         "vae",
-        (Port("latent_sample", "float32", ("batch_size", "latent_channels", "latent_height", "latent_width")),),
+        (
+            Port(
+                "latent_sample", "float32", ("batch_size", "latent_channels", "latent_height", "latent_width")
+            ),
+        ),
         (Port("sample", "float32", ("batch_size", "image_channels", "image_height", "image_width")),),
     ),
     "vae_encoder": Contract(
         "vae",
         (Port("sample", "float32", ("batch_size", "image_channels", "image_height", "image_width")),),
-        (Port("latent_parameters", "float32", ("batch_size", "latent_parameters", "latent_height", "latent_width")),),
+        (
+            Port(
+                "latent_parameters",
+                "float32",
+                ("batch_size", "latent_parameters", "latent_height", "latent_width"),
+            ),
+        ),
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Checkpoints and adapters in, bundles out; torch only to trace an architecture that does not ship."""

@@ -7,6 +7,7 @@ default of the class are dropped before the digest is taken.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import lzma
@@ -39,8 +40,17 @@ _CLIP_KEYS = (
 )
 # What in a diffusers config does not decide the graph.
 _NOT_IN_GRAPH = frozenset(
-    "sample_size scaling_factor shift_factor force_upcast latents_mean latents_std latent_magnitude "
-    "latent_shift dropout".split()
+    [
+        "sample_size",
+        "scaling_factor",
+        "shift_factor",
+        "force_upcast",
+        "latents_mean",
+        "latents_std",
+        "latent_magnitude",
+        "latent_shift",
+        "dropout",
+    ]
 )
 
 
@@ -78,10 +88,8 @@ def architecture(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _belongs_to(key: str, half: str) -> bool:
-    return key.startswith(f"{half}_block") or key == f"num_{half}_blocks" or (half, key) in {
-        ("encoder", "down_block_types"),
-        ("decoder", "up_block_types"),
-    }
+    block_types = "down_block_types" if half == "encoder" else "up_block_types"
+    return key.startswith(f"{half}_block") or key in (f"num_{half}_blocks", block_types)
 
 
 def architecture_digest(component: str, config: Mapping[str, Any]) -> str:
@@ -97,18 +105,21 @@ def find_graph(component: str, config: Mapping[str, Any]) -> onnx.ModelProto:
         GraphError: the graph is not shipped, not cached, and cannot be traced here.
     """
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     digest = architecture_digest(component, config)
     for folder in (shipped_folder(), _cache_folder()):
         for path in folder.glob(f"*{component}-{digest}.onnx.xz"):
             try:
                 return onnx.load_model_from_string(lzma.decompress(path.read_bytes()))
-            except (lzma.LZMAError, OSError, ValueError) as exc:
+            except (lzma.LZMAError, DecodeError, OSError, ValueError) as exc:
                 raise GraphError(f"{path} cannot be read ({exc}); delete it, and it is made again") from exc
     from .tracing import trace
 
     graph = trace(component, config)
-    save_graph(graph, _cache_folder() / f"{component}-{digest}.onnx.xz")
+    # A cache that cannot be written costs the tracing again next time and nothing else.
+    with contextlib.suppress(OSError):
+        save_graph(graph, _cache_folder() / f"{component}-{digest}.onnx.xz")
     return graph
 
 
@@ -116,8 +127,11 @@ def save_graph(graph: onnx.ModelProto, path: Path) -> None:
     """Write a graph compressed, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(lzma.compress(graph.SerializeToString(deterministic=True), preset=9))
-    partial.replace(path)
+    try:
+        partial.write_bytes(lzma.compress(graph.SerializeToString(deterministic=True), preset=9))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def shipped_folder() -> Path:

@@ -8,6 +8,7 @@ state dict, and no data.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -234,7 +235,34 @@ def _translate(component: str, program: Any) -> onnx.ModelProto:
     )
     model = exported.model
     _simplify(model)
-    return ir.to_proto(model)
+    return finish(component, ir.to_proto(model))
+
+
+def finish(component: str, graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Name the dynamic axes as the contract does, and drop what differs from run to run or says nothing.
+
+    Args:
+        component: a key of ``components.CONTRACTS``.
+        graph: what torch's exporter made; changed in place.
+    """
+    contract = CONTRACTS[component]
+    ports = zip([*graph.graph.input, *graph.graph.output], [*contract.inputs, *contract.outputs], strict=True)
+    axes: dict[str, str] = {}
+    for value, port in ports:
+        for dim, label in zip(value.type.tensor_type.shape.dim, port.axes, strict=True):
+            if dim.dim_param.isidentifier():
+                axes.setdefault(dim.dim_param, label)
+    # torch lists the constraints on sizes in the order of a set.
+    del graph.graph.metadata_props[:]
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    kept = [info for info in graph.graph.value_info if info.name not in weights]
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(kept)
+    for value in [*graph.graph.input, *graph.graph.output, *graph.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\bs\d+\b", lambda m: axes.get(m[0], m[0]), dim.dim_param)
+    return graph
 
 
 def _simplify(model: onnx_ir.Model) -> None:
@@ -242,8 +270,8 @@ def _simplify(model: onnx_ir.Model) -> None:
 
     The initializers have no data, so they are made inputs while constants are folded.
     """
-    import onnxscript.optimizer
     import onnx_ir as ir
+    import onnxscript.optimizer
     from onnx_ir.passes import common
 
     graph = model.graph

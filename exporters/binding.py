@@ -1,0 +1,88 @@
+"""Bind a graph without weights to a weights file: where each initializer's bytes lie, in which type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError
+from .tensors import TensorInfo
+from .weights import Placed
+
+if TYPE_CHECKING:
+    import onnx
+
+# The suffix of a weight's value after it was cast to the type the graph computes in.
+CAST_SUFFIX = "__fp32"
+
+
+def weight_names(graph: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the initializers that are weights, in graph order."""
+    import onnx
+
+    external = onnx.TensorProto.EXTERNAL
+    return {t.name: tuple(t.dims) for t in graph.graph.initializer if t.data_location == external}
+
+
+def check_tensors(
+    component: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo]
+) -> None:
+    """Check that a checkpoint holds every weight of a graph in the graph's shape.
+
+    Raises:
+        CheckpointError: naming up to three tensors that are missing or have another shape.
+    """
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of {len(wanted)} tensors of the {component}: "
+            f"{', '.join(missing[:3])}{more}; it is incomplete, or its config.json belongs to another model"
+        )
+    for name, shape in wanted.items():
+        if tuple(found[name].shape) != shape:
+            raise CheckpointError(
+                f"{component} tensor {name} has shape {tuple(found[name].shape)}, "
+                f"its config asks for {shape}; the config.json belongs to another model"
+            )
+
+
+def bind(graph: onnx.ModelProto, placed: Mapping[str, Placed]) -> onnx.ModelProto:
+    """A copy of ``graph`` whose weights lie where ``placed`` says.
+
+    A weight stored in another type than fp32 goes through a Cast, which engines fold or keep fused
+    with the operator that reads it; the initializer keeps its diffusers name.
+    """
+    import onnx
+
+    bound = onnx.ModelProto()
+    bound.CopyFrom(graph)
+    types = {
+        "F32": onnx.TensorProto.FLOAT,
+        "F16": onnx.TensorProto.FLOAT16,
+        "BF16": onnx.TensorProto.BFLOAT16,
+    }
+    casts = {}
+    for tensor in bound.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        place = placed[tensor.name]
+        facts = {entry.key: entry for entry in tensor.external_data}
+        for key, value in (("offset", place.offset), ("length", place.nbytes)):
+            entry = facts.get(key) or tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+        if types[place.dtype] != tensor.data_type:
+            tensor.data_type = types[place.dtype]
+            casts[tensor.name] = tensor.name + CAST_SUFFIX
+    for node in bound.graph.node:
+        for index, name in enumerate(node.input):
+            if name in casts:
+                node.input[index] = casts[name]
+    nodes = [
+        onnx.helper.make_node("Cast", [name], [cast], name=cast, to=onnx.TensorProto.FLOAT)
+        for name, cast in casts.items()
+    ]
+    nodes.extend(bound.graph.node)
+    del bound.graph.node[:]
+    bound.graph.node.extend(nodes)
+    return bound

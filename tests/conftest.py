@@ -1,0 +1,140 @@
+"""Shared by all tests: a cache of their own, a tiny SD1 of the real topology, and a bundle made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+
+import kiln
+from kiln.exporters import graphs, tracing
+from kiln.exporters.export import ExportSpec, export
+
+SHIPPED = Path(kiln.__file__).parent / "exporters/data/sd1"
+
+
+@pytest.fixture(scope="session")
+def traced(request: pytest.FixtureRequest) -> Path:
+    """Graphs of the tiny architectures, kept from run to run for one tracer and one torch: minutes."""
+    torch = pytest.importorskip("torch")
+    versions = [torch.__version__, Path(tracing.__file__).read_text(), Path(graphs.__file__).read_text()]
+    digest = hashlib.sha256("".join(versions).encode()).hexdigest()[:12]
+    return request.config.cache.mkdir(f"kiln-graphs-{digest}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kiln_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """``KILN_CACHE`` for the whole session; the workers of one pytest-xdist run share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if base.name.startswith("popen-") else base) / "kiln-cache"
+        folder.mkdir(exist_ok=True)
+        patch.setenv("KILN_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder, fp32: SD1's topology with few channels and random weights; images of 128 x 128."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("tiny") / "sd1"
+    torch.manual_seed(0)
+    for name, module in _tiny_modules().items():
+        with torch.no_grad():
+            for key, value in module.named_parameters():
+                if "norm" in key or key.endswith("bias"):  # left at 1 and 0, a mix-up would not be seen
+                    value.add_(torch.randn_like(value), alpha=0.1)
+            if name == "vae":
+                module.decoder.conv_out.weight.mul_(4)  # an image with contrast
+        module.save_pretrained(folder / name, safe_serialization=True)
+    shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer")
+    shutil.copytree(SHIPPED / "scheduler", folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _tiny_modules() -> dict[str, Any]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=8,
+        sample_size=128,
+    )
+    text = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49408
+    )
+    return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_sd1: Path, kiln_cache: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The bundle of ``tiny_sd1``."""
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    with filelock.FileLock(kiln_cache / "tracing.lock"):
+        shutil.copytree(traced, kiln_cache / "graphs", dirs_exist_ok=True)
+        export(ExportSpec(tiny_sd1, folder))
+        shutil.copytree(kiln_cache / "graphs", traced, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_lora() -> Callable[..., Path]:
+    """``write_lora(path, folder, seed)``: a kohya LoRA of rank 2 on the attentions of a diffusers folder."""
+
+    def write(
+        path: Path, folder: Path, seed: int = 0, networks: tuple[str, ...] = ("unet", "text_encoder")
+    ) -> Path:
+        from safetensors import safe_open
+        from safetensors.numpy import save_file
+
+        prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+        rng, tensors = np.random.default_rng(seed), {}
+        for network in networks:
+            with safe_open(next((folder / network).glob("*.safetensors")), "numpy") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if not name.endswith(("to_q.weight", "to_v.weight", "q_proj.weight", "v_proj.weight")):
+                        continue
+                    rows, columns = file.get_slice(name).get_shape()
+                    stem = prefixes[network] + name.removesuffix(".weight").replace(".", "_")
+                    tensors[f"{stem}.lora_down.weight"] = rng.normal(size=(2, columns)).astype(np.float32)
+                    tensors[f"{stem}.lora_up.weight"] = rng.normal(size=(rows, 2)).astype(np.float32) / 4
+                    tensors[f"{stem}.alpha"] = np.array(1, np.float32)
+        save_file(tensors, path)
+        return path
+
+    return write
