@@ -51,11 +51,11 @@ THRESHOLDS: dict[str, Threshold] = {
     ),
     # What the benchmarks are held to: ratios to another way of doing the same in the same run, and, where a
     # user waits, seconds on two cores.
-    "export_peak_rss_gb": Threshold(1.0, True, "peak RSS of kiln export, full-size SD1.5 in fp16, GB of 1e9 bytes"),
+    "export_peak_rss_gb": Threshold(1.0, True, "peak RSS of exporting full-size SD1.5, GB of 1e9 bytes"),
     "export_heavy_imports": Threshold(0, True, "how many of torch, diffusers, ... kiln export imported"),
-    "export_time_ratio": Threshold(0.1, True, "kiln export against optimum-intel's, the same folder in one run"),
+    "export_time_ratio": Threshold(0.1, True, "export against optimum-intel's of the same folder, one run"),
     "rebake_time_ratio": Threshold(3.0, True, "kiln bake of another LoRA against copying the same bytes"),
-    "unet_step_time_ratio": Threshold(1.0, True, "UNet step from the bundle against optimum-intel's, one OpenVINO"),
+    "unet_step_time_ratio": Threshold(1.0, True, "UNet step against optimum-intel's, in one OpenVINO"),
     "unet_step_relative_l2": Threshold(5e-2, True, "the same step in bf16: two orders of rounding"),
     "startup_first_s": Threshold(10.0, True, "kiln generate, bundled model, 20 steps, empty cache, seconds"),
     "startup_second_s": Threshold(4.0, True, "the same with a filled cache, seconds"),
