@@ -198,14 +198,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--flat", type=Path, help="style: the unpacked npm package")
     parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     if args.kind == "style" and args.flat is None:
         parser.error("the style needs --flat")
     pairs = flat_style(args.work, args.flat) if args.kind == "style" else kiln_subject()
     print(f"{len(pairs.captions)} pictures")
-    unet = train(pairs, args.model, args.rank, args.minutes, rate=1e-3, dropout=0.1)
+    unet = train(pairs, args.model, args.rank, args.minutes, args.rate, dropout=0.1)
     save_kohya(unet, args.output, args.rank, {"ss_output_name": args.output.stem})
 
 
