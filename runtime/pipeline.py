@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,8 @@ from .samplers import resolve_sampler
 from .schedules import NoiseSchedule, resolve_schedule
 from .tokenizer import ClipTokenizer
 
+# Guidance for a model that does not name its own: what A1111 and its kin use.
+CFG_SCALE = 7.0
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -142,7 +144,7 @@ class Pipeline:
             BackendError: the engine refused or failed.
             InvalidOutputError: a network gave NaN, or an image is flat; names the component.
         """
-        request = request.with_seed()
+        request = self._completed(request)
         width, height = self._size(request)
         cells = (height // self.vae_factor, width // self.vae_factor)
         states = yield from self._encode(request)
@@ -151,6 +153,11 @@ class Pipeline:
             images = yield from self._decode(latents)
             for index, image in enumerate(images, start=work.first):
                 yield ImageReady(index, image, self._record(request, index, width, height))
+
+    def _completed(self, request: Request) -> Request:
+        """The request with a seed, and with the model's own guidance where it names none."""
+        own = float(self.bundle.manifest.get("defaults", {}).get("cfg_scale", CFG_SCALE))
+        return replace(request.with_seed(), cfg_scale=own if request.cfg_scale is None else request.cfg_scale)
 
     def _size(self, request: Request) -> tuple[int, int]:
         width, height = request.width or self.native_size, request.height or self.native_size
@@ -189,7 +196,7 @@ class Pipeline:
 
     def _encode(self, request: Request) -> Generator[Event, None, np.ndarray]:
         """Hidden states of negative and positive prompt, float32 ``(2, tokens, width)``."""
-        guided = request.cfg_scale > 1
+        guided = _guidance(request) > 1
         ids, cut = self.tokenizer.encode([request.negative_prompt, request.prompt])
         for text in cut:
             if text:
@@ -225,7 +232,7 @@ class Pipeline:
             unet=partial(_run_unet, session),
             cond=np.repeat(states[-1:], count, axis=0),
             uncond=np.repeat(states[:1], count, axis=0) if guided else None,
-            cfg_scale=request.cfg_scale,
+            cfg_scale=_guidance(request),
             sigma_to_timestep=self.noise_schedule.sigma_to_timestep,
             prediction_type=str(self.bundle.manifest.get("prediction_type", "epsilon")),
         )
@@ -268,7 +275,7 @@ class Pipeline:
             steps=request.steps,
             sampler=resolve_sampler(request.sampler).title,
             schedule=resolve_schedule(request.schedule).title,
-            cfg_scale=request.cfg_scale,
+            cfg_scale=_guidance(request),
             seed=seed,
             width=width,
             height=height,
@@ -285,3 +292,7 @@ def _run_unet(session: Session, sample: np.ndarray, timestep: np.ndarray, states
     port = CONTRACTS["unet"].outputs[0].name
     feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
     return session.run(feeds)[port]
+
+
+def _guidance(request: Request) -> float:
+    return CFG_SCALE if request.cfg_scale is None else request.cfg_scale

@@ -23,7 +23,7 @@ class Request:
     ``width`` and ``height`` are pixels, multiples of 8; None takes the model's own size. ``seed`` None
     draws one; image i of ``count`` uses ``seed + i``. ``batch_size`` images are denoised together.
     ``rng`` is whose noise is reproduced, torch's on the CPU or on a GPU. ``cfg_scale`` 1 and below
-    leaves the negative prompt out and halves the work.
+    leaves the negative prompt out and halves the work; None takes the model's own, else 7.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     steps: int = 20
-    cfg_scale: float = 7.0
+    cfg_scale: float | None = None
     seed: int | None = None
     count: int = 1
     batch_size: int = 1
@@ -58,7 +58,7 @@ class Request:
         _between("batch_size", self.batch_size, 1, 64)
         if self.seed is not None:
             _between("seed", self.seed, 0, MAX_SEED)
-        if not 0 <= self.cfg_scale <= 100:
+        if self.cfg_scale is not None and not 0 <= self.cfg_scale <= 100:
             raise UsageError(f"cfg_scale {self.cfg_scale} is out of range; expected 0 to 100, usually 5 to 9")
         if self.rng not in RNGS:
             raise UsageError(f"unknown rng {self.rng!r}; expected one of {', '.join(RNGS)}")
