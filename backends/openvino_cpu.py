@@ -24,6 +24,7 @@ from .cpu import describe_cpu, threads_are_limited, usable_cores
 from .engine import Engine, parse_version
 from .errors_map import engine_errors, one_line
 from .feeds import Shape, check_options
+from .openvino_timestep import COSINE, SINE, cut_timestep, timestep_feeds
 from .session import CheckedSession, check_port_names
 
 NAME = "openvino"
@@ -34,7 +35,7 @@ DEVICE = "CPU"  # OpenVINO's other devices are not in the parity tests, so they 
 WEIGHTLESS_SINCE = (2026, 4)
 
 # Raised when this file changes what it asks of the engine, so that old entries are not used.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 _CONVERTER = "openvino.tools.ovc"
 # OpenVINO's names for a precision: what the device can do, what is asked for, what is read back.
@@ -100,9 +101,13 @@ class OpenVINOSession(CheckedSession):
         super().__init__(source, in_force, _input_shapes(source, compiled))
         self._compiled = compiled
         self._request = request
+        self._config = source.config
+        self._cut = any(SINE in port.get_names() for port in compiled.inputs)
         self._outputs = {port.any_name: index for index, port in enumerate(compiled.outputs)}
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._cut:
+            feeds = feeds | timestep_feeds(feeds["timestep"], len(feeds["sample"]), self._config)
         # Inputs are read in place; outputs are copied, because the request writes over its own next time.
         results = self._request.infer(feeds, share_inputs=True, share_outputs=False)
         return {name: np.asarray(results[index]) for name, index in self._outputs.items()}
@@ -250,6 +255,9 @@ def _compile(core: Any, source: GraphSource, options: PrepareOptions, properties
     if options.shapes:
         with engine_errors(NAME, f"fixing the shapes of {source.component}"):
             model.reshape({name: list(shape) for name, shape in options.shapes.items()})
+    if source.component == "unet" and properties["INFERENCE_PRECISION_HINT"] != _HINT["fp32"]:
+        with engine_errors(NAME, f"lowering {source.component}"):
+            cut_timestep(model)
     with engine_errors(NAME, f"compiling {source.component}"):
         return core.compile_model(model, DEVICE, properties)
 
@@ -259,6 +267,7 @@ def _input_shapes(source: GraphSource, compiled: Any) -> dict[str, Shape]:
     return {
         port.any_name: tuple(axis.get_length() if axis.is_static else None for axis in port.partial_shape)
         for port in compiled.inputs
+        if not port.get_names() & {SINE, COSINE}
     }
 
 
