@@ -152,10 +152,10 @@ class Report:
 
 def table(samples: Iterable[Samples]) -> str:
     """Samples as a table of plain text, one row each."""
-    lines = [f"{'':36} {'median':>9} {'mad':>8} {'min':>9} {'max':>9}  n unit"]
+    lines = [f"{'':44} {'median':>9} {'mad':>8} {'min':>9} {'max':>9}  n unit"]
     for s in samples:
         figures = f"{s.median:9.3f} {s.mad:8.3f} {min(s.values):9.3f} {max(s.values):9.3f}"
-        lines.append(f"{s.name:36} {figures} {len(s.values):2} {s.unit}")
+        lines.append(f"{s.name:44} {figures} {len(s.values):2} {s.unit}")
     return "\n".join(lines)
 
 

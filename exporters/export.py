@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from .. import __version__
 from ..bundle import FORMAT_VERSION, MANIFEST, Bundle
@@ -188,7 +189,9 @@ class _Writer:
         self.plan: BakePlan = plan_bake(shapes, adapters)
 
     def write(self, output: Path, *, name: str, source: Mapping[str, Any], overwrite: bool) -> ExportReport:
-        with published(output, overwrite=overwrite) as folder:
+        # The products are small and many, and the other core is busy writing: threads inside BLAS doubled
+        # the processor time of a bake and made it slower.
+        with threadpool_limits(1), published(output, overwrite=overwrite) as folder:
             components = {c: self._component(folder, c) for c in COMPONENTS}
             for file, data in pipeline_files(self.checkpoint.tokenizer_dir, self.checkpoint.scheduler_config):
                 (folder / file).parent.mkdir(exist_ok=True)
@@ -206,7 +209,10 @@ class _Writer:
         path = f"{component}/weights.safetensors"
         if not self._copied_from_base(folder, component, types, header):
             size, sha256 = write_weights(
-                folder / path, header, self._stream(component, list(placed), infos, types)
+                folder / path,
+                header,
+                self._stream(component, list(placed), infos, types),
+                [DTYPES[at.dtype] for at in placed.values()],
             )
             self.files[path] = {"size": size, "sha256": sha256}
         self._bytes(
@@ -232,7 +238,7 @@ class _Writer:
             misfit = overflow(tensor, types[name])
             if misfit:
                 raise CheckpointError(f"{component} tensor {name} {misfit}")
-            yield tensor.astype(DTYPES[types[name]], copy=False)
+            yield tensor
             done += infos[name].nbytes
             self.progress(component, done, total)
 

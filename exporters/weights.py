@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,10 @@ from .tensors import DTYPES, TensorInfo
 
 # The data of the first tensor begins at a multiple of this, so that engines can map it.
 _ALIGNMENT = 64
+
+_FLUSH_BYTES = 256 << 20
+# Tensors that may wait to be written: enough that large and small ones, touched and not, even out.
+_WAITING_BYTES = 128 << 20
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -51,29 +58,51 @@ def place(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, d
     return len(text).to_bytes(8, "little") + text, placed
 
 
-def write_weights(path: Path, header: bytes, tensors: Iterable[np.ndarray]) -> tuple[int, str]:
-    """Write header and tensors in the order of the header; two tensors are in memory at a time.
+def write_weights(
+    path: Path, header: bytes, tensors: Iterable[np.ndarray], dtypes: Iterable[np.dtype] | None = None
+) -> tuple[int, str]:
+    """Write header and tensors in the order of the header; some 128 MB of tensors are in memory.
+
+    Args:
+        path: the file.
+        header: what ``place`` gave.
+        tensors: in the order of the header.
+        dtypes: the type each is cast to while the next is made; None stores them as they are.
 
     Returns:
         The file's size in bytes and its SHA-256.
     """
     digest = hashlib.sha256()
-    size = len(header)
+    size = 0
 
-    def take(data: memoryview) -> None:
+    def take(tensor: np.ndarray, dtype: np.dtype | None) -> None:
+        nonlocal size
+        stored = tensor if dtype is None else tensor.astype(dtype, copy=False)
+        data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data
         digest.update(data)
-        file.write(data)
+        size += len(data)
+        while data:  # an unbuffered write may take a part
+            data = data[file.write(data) :]
 
-    # Digest and disk work on one tensor while the next is read and baked: both let go of the interpreter.
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
-        pending = writer.submit(take, memoryview(header))
-        for tensor in tensors:
-            data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-            pending.result()
-            pending = writer.submit(take, data)
-            size += len(data)
-        pending.result()
-        file.flush()
+    # The cast, the digest and the disk work while the next tensors are read and baked; all of them let go
+    # of the interpreter. A third thread begins to flush early, so that the last flush is short.
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as flusher,
+    ):
+        waiting = deque([(0, writer.submit(take, np.frombuffer(header, np.uint8), None))])
+        flushed, flushing = 0, None
+        for tensor, dtype in zip(tensors, repeat(None) if dtypes is None else dtypes, strict=False):
+            waiting.append((tensor.nbytes, writer.submit(take, tensor, dtype)))
+            while sum(nbytes for nbytes, _ in waiting) > _WAITING_BYTES:
+                waiting.popleft()[1].result()
+            if size - flushed > _FLUSH_BYTES and (flushing is None or flushing.done()):
+                flushed, flushing = size, flusher.submit(os.fdatasync, file.fileno())
+        for _, future in waiting:
+            future.result()
+        if flushing is not None:
+            flushing.result()
     return size, digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from .families import FamilyGuess, check_family, describe_target, guess_family, 
 from .formats import format_of
 from .keys import Location, ModuleIndex
 from .open import Adapter, AdapterModule, open_adapter
+from .widen import widen
 
 Target = tuple[str, str]
 """Network and tensor name."""
@@ -86,11 +87,12 @@ class BakePlan:
         steps = self._steps.get((network, name))
         if not steps:
             return tensor
-        weight = tensor.astype(np.float32)
+        weight = widen(tensor)
         for step in steps:
             with np.errstate(over="ignore", invalid="ignore"):  # checked by value below
                 delta = step.update.delta(weight, step.strength)
-            if not np.isfinite(delta).all():
+            # The extremes are NaN or infinite if one value is, and need no array of their own.
+            if delta.size and not np.isfinite([delta.max(), delta.min()]).all():
                 raise AdapterError(
                     f"{step.label}: its change at strength {step.strength:g} overflows float32"
                 )
