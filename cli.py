@@ -70,7 +70,7 @@ def _lora_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--cfg-scale",
     type=float,
-    help="Guidance, the model's own or 7 if not given; 1 leaves the negative prompt out and is twice as fast.",
+    help="Guidance; the model's own, else 7. 1 leaves the negative prompt out and is twice as fast.",
 )
 @click.option("-s", "--seed", type=int, help="Seed of the first image; drawn if not given.")
 @click.option("-b", "--count", type=int, default=1, help="Number of images; image i uses seed + i.")
