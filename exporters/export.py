@@ -69,7 +69,7 @@ class ExportReport:
 def export(spec: ExportSpec, progress: Progress | None = None) -> ExportReport:
     """Bake a checkpoint and adapters into a bundle, torch-free for the architectures that ship.
 
-    One tensor is in memory at a time. The bundle appears under its name when it is complete.
+    Some 128 MB of tensors are in memory. The bundle appears under its name when it is complete.
 
     Raises:
         UsageError: an unknown storage type.
