@@ -71,14 +71,14 @@ class LowRankUpdate:
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
         """The scaled product, float32, in the shape of ``weight``."""
         up, down = self.module.read("up"), self.module.read("down")
-        # Scaled here and not in the product, which is as large as the weight.
-        up = up.reshape(up.shape[:2]) * np.float32(self.scale * strength)
+        up = up.reshape(up.shape[:2])
         if "mid" in self.module.keys:
             # dW[o,i,h,w] = sum_ab up[o,a] mid[a,b,h,w] down[b,i]
             core = np.tensordot(up, self.module.read("mid"), axes=(1, 0))
             product = np.moveaxis(np.tensordot(core, down.reshape(down.shape[:2]), axes=(1, 0)), -1, 1)
         else:
             product = up @ down.reshape(down.shape[0], -1)
+        product *= np.float32(self.scale * strength)  # in place: it is as large as the weight
         if not self._pads(weight.shape):
             return product.reshape(weight.shape)
         padded = np.zeros(weight.shape, np.float32)
