@@ -11,6 +11,7 @@ Run: python -m training.dataset SOURCE WORK --model DIFFUSERS_FOLDER
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def encode(images: np.ndarray, model: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Write images.npy, latents.npy and emojis.json."""
+    """Write images.npy, latents.npy, emojis.json and the parts of WORK/model that are not trained."""
     parser = argument_parser(__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("work", type=Path)
@@ -70,6 +71,13 @@ def main() -> None:
     np.save(args.work / "latents.npy", encode(images, args.model))
     rows = [(path.stem, label, tags) for path, label, tags in found]
     (args.work / "emojis.json").write_text(json.dumps(rows))
+    for part in ("vae", "scheduler", "model_index.json"):  # WORK/model becomes a whole diffusers folder
+        source, target = args.model / part, args.work / "model" / part
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(source, target)
     print(f"{len(found)} emojis")
 
 

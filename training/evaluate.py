@@ -52,6 +52,22 @@ def draw(model: Path, captions: list[str], cfg_scale: float, seed: int) -> tuple
     return z.numpy(), ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def draw_with_kiln(
+    bundle: str, captions: list[str], cfg_scale: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same by ``kiln generate``'s own pipeline, as the bundle ships; one seed for each caption."""
+    from kiln.api import ImageReady, Pipeline, Request, StepFinished, resolve_model
+
+    latents, images = [], []
+    with Pipeline.open(resolve_model(bundle).bundle) as pipeline:
+        for index, caption in enumerate(captions):
+            request = Request(caption, steps=STEPS, cfg_scale=cfg_scale, seed=seed + index)
+            events = list(pipeline.generate(request))
+            latents.append([e.latents[0] for e in events if isinstance(e, StepFinished)][-1])
+            images += [e.image for e in events if isinstance(e, ImageReady)]
+    return np.stack(latents), np.stack(images)
+
+
 def ranks(made: np.ndarray, wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
     """How many training latents are nearer to each of ``made`` than the one ``wanted`` (an index)."""
     flat, bank = made.reshape(len(made), -1), known.reshape(len(known), -1)
@@ -73,14 +89,20 @@ def main() -> None:
     """Print the figures and save the sheet."""
     parser = argument_parser(__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--model", type=Path, required=True)
+    drawn_by = parser.add_mutually_exclusive_group(required=True)
+    drawn_by.add_argument("--model", type=Path, help="a diffusers folder, drawn by diffusers")
+    drawn_by.add_argument("--bundle", help="a bundle, or emoji for the one that ships, drawn by Kiln")
     parser.add_argument("--cfg-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
     emojis = load_emojis(args.work)
     wanted = np.random.default_rng(args.seed).permutation(len(emojis))[:CAPTIONS]
-    latents, images = draw(args.model, [emojis[i].name for i in wanted], args.cfg_scale, args.seed)
+    names = [emojis[i].name for i in wanted]
+    if args.bundle:
+        latents, images = draw_with_kiln(args.bundle, names, args.cfg_scale, args.seed)
+    else:
+        latents, images = draw(args.model, names, args.cfg_scale, args.seed)
     found = ranks(latents, wanted, np.load(args.work / "latents.npy"))
     shares = ", ".join(f"top {k} {(found < k).mean():.1%}" for k in (1, 5, 20))
     median = np.median(found) + 1
