@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The suffix of a weight's value after it was cast to the type the graph computes in.
 CAST_SUFFIX = "__fp32"
+WEIGHTS_FILE = "weights.safetensors"
 
 
 def weight_names(graph: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
@@ -50,10 +51,14 @@ def check_tensors(
 def bind(graph: onnx.ModelProto, placed: Mapping[str, Placed]) -> onnx.ModelProto:
     """A copy of ``graph`` whose weights lie where ``placed`` says.
 
-    A weight stored in another type than fp32 goes through a Cast, which engines fold or keep fused
-    with the operator that reads it; the initializer keeps its diffusers name.
+    A weight stored in another type than fp32 goes through a Cast, or from int8 through a DequantizeLinear
+    with its scales; engines fold that or keep it fused with the operator that reads it. The initializer keeps
+    its diffusers name.
     """
     import onnx
+
+    from .quantization.plan import bind_scales
+    from .quantization.qdq import dequantize_node
 
     bound = onnx.ModelProto()
     bound.CopyFrom(graph)
@@ -61,6 +66,7 @@ def bind(graph: onnx.ModelProto, placed: Mapping[str, Placed]) -> onnx.ModelProt
         "F32": onnx.TensorProto.FLOAT,
         "F16": onnx.TensorProto.FLOAT16,
         "BF16": onnx.TensorProto.BFLOAT16,
+        "I8": onnx.TensorProto.INT8,
     }
     casts = {}
     for tensor in bound.graph.initializer:
@@ -78,8 +84,11 @@ def bind(graph: onnx.ModelProto, placed: Mapping[str, Placed]) -> onnx.ModelProt
         for index, name in enumerate(node.input):
             if name in casts:
                 node.input[index] = casts[name]
+    bind_scales(bound, placed, WEIGHTS_FILE)
     nodes = [
-        onnx.helper.make_node("Cast", [name], [cast], name=cast, to=onnx.TensorProto.FLOAT)
+        dequantize_node(name, cast)
+        if placed[name].dtype == "I8"
+        else onnx.helper.make_node("Cast", [name], [cast], name=cast, to=onnx.TensorProto.FLOAT)
         for name, cast in casts.items()
     ]
     nodes.extend(bound.graph.node)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..components import NETWORKS
 from ..errors import CheckpointError
+from .buffers import Buffers
 from .digests import file_digest, file_fingerprint
 from .families import FamilyMatch, identify_unet, readable_families, require_readable
 from .fit import check_fit, check_vocabulary
@@ -83,8 +84,10 @@ class Checkpoint:
         """
         return {name: entry.info for name, entry in self._part(network).entries.items()}
 
-    def read(self, network: str, name: str) -> np.ndarray:
-        """One tensor in its stored type, in diffusers' shape.
+    def read(self, network: str, name: str, buffers: Buffers | None = None) -> np.ndarray:
+        """One tensor in its stored type, in diffusers' shape; nobody else holds its memory.
+
+        ``buffers`` lend that memory where the file allows it, and want it back.
 
         Raises:
             CheckpointError: there is no such network or tensor, or the file can no longer be read.
@@ -92,7 +95,7 @@ class Checkpoint:
         entry = self._part(network).entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path}: its {network} has no tensor {name!r}")
-        return entry.read()
+        return entry.read(buffers)
 
     def config(self, network: str) -> dict[str, Any]:
         """The diffusers or transformers config of a network; the VAE's always has ``scaling_factor``."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from .buffers import Buffers
 from .families import FAMILIES, Family
 from .file_kinds import is_pickle, open_regular
 from .ldm_names import vae_shape
@@ -32,9 +33,9 @@ class Entry:
     stored: str
     info: TensorInfo
 
-    def read(self) -> np.ndarray:
+    def read(self, buffers: Buffers | None = None) -> np.ndarray:
         """The tensor in its stored type and in diffusers' shape."""
-        return self.source.read(self.stored).reshape(self.info.shape)
+        return self.source.read(self.stored, buffers).reshape(self.info.shape)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError, KilnError
+from .buffers import Buffers
 from .file_kinds import foreign_format, is_pickle, open_regular
 from .tensors import DTYPES, TensorInfo
 
@@ -79,8 +80,8 @@ class TorchFile:
             ) from cause
         return cls(path, _tensors_of(loaded, torch, path, error), error)
 
-    def read(self, name: str) -> np.ndarray:
-        """A new C-contiguous array of one tensor in its stored type."""
+    def read(self, name: str, buffers: Buffers | None = None) -> np.ndarray:
+        """A new C-contiguous array of one tensor in its stored type; ``buffers`` are of no use to torch."""
         if name not in self._tensors:
             raise self._error(f"{self.path}: has no tensor named {name!r}")
         import torch
@@ -120,7 +121,12 @@ def _import_torch(path: Path, error: type[KilnError]) -> Any:
 
 
 def _tensors_of(loaded: object, torch: Any, path: Path, error: type[KilnError]) -> dict[str, Any]:
-    """The table of tensors, which may lie under ``state_dict`` (also twice) or be the only value."""
+    """The table of tensors, which may lie under ``state_dict`` (also twice) or be the only value.
+
+    A list of matrices is numbered as cloneofsimo/lora's safetensors files are.
+    """
+    if isinstance(loaded, list):
+        return _numbered(loaded, torch, path, error)
     for _ in range(3):
         if not isinstance(loaded, Mapping):
             break
@@ -139,3 +145,19 @@ def _tensors_of(loaded: object, torch: Any, path: Path, error: type[KilnError]) 
     if not tensors:
         raise error(f"{path}: holds no tensors")
     return tensors
+
+
+def _numbered(loaded: list[object], torch: Any, path: Path, error: type[KilnError]) -> dict[str, Any]:
+    """Names for the flat list ``[up 0, down 0, up 1, down 1, ...]`` that cloneofsimo/lora writes.
+
+    Every layer of CLIP's attention is as wide as the next and square; the UNet's are not.
+    """
+    if not loaded or len(loaded) % 2 or not all(isinstance(v, torch.Tensor) and v.ndim >= 2 for v in loaded):
+        raise error(f"{path}: is a list, but not one of pairs of matrices, up and down, as a LoRA would be")
+    tensors: list[Any] = list(loaded)
+    widths = {tensor.shape[index % 2] for index, tensor in enumerate(tensors)}
+    network = "text_encoder" if len(widths) == 1 else "unet"
+    return {
+        f"{network}:{index // 2}:{'down' if index % 2 else 'up'}": tensor
+        for index, tensor in enumerate(tensors)
+    }

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError, KilnError
+from .buffers import Buffers
 from .file_kinds import foreign_format, open_regular
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
@@ -70,8 +71,8 @@ class TensorSource(Protocol):
     infos: dict[str, TensorInfo]
     metadata: dict[str, str]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored type."""
+    def read(self, name: str, buffers: Buffers | None = None) -> np.ndarray:
+        """One tensor in its stored type, in memory of ``buffers`` where that can be used."""
         ...
 
     def close(self) -> None:
@@ -121,12 +122,16 @@ class TensorFile:
             raise
         return cls(path, stream, infos, metadata, error)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, buffers: Buffers | None = None) -> np.ndarray:
         """Read one tensor.
 
+        Args:
+            name: the tensor's.
+            buffers: lend the memory, which the caller gives back; without them it is fresh.
+
         Returns:
-            A new C-contiguous array of the tensor's shape in its stored type (bfloat16 and the float8
-            types are those of ml_dtypes).
+            A C-contiguous array that nobody else holds, of the tensor's shape in its stored type
+            (bfloat16 and the float8 types are those of ml_dtypes).
 
         Raises:
             KilnError: no tensor has this name, or the file has shrunk since it was opened.
@@ -134,7 +139,7 @@ class TensorFile:
         info = self.infos.get(name)
         if info is None:
             raise self._error(f"{self.path}: has no tensor named {name!r}")
-        raw = np.empty(info.nbytes, np.uint8)
+        raw = np.empty(info.nbytes, np.uint8) if buffers is None else buffers.take(info.nbytes)
         try:
             with self._lock:
                 self._stream.seek(info.offset)

@@ -9,7 +9,7 @@ network. A *format* (LoRA, LoHa, ...) says which parameter suffixes it owns and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from ..tensors import TensorSource
 
 EXTENSIONS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+_INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64"})
 _EXPECTED = (
     "expected FILE, FILE:STRENGTH or FILE:UNET_STRENGTH:TEXT_ENCODER_STRENGTH, such as style.safetensors:0.8"
 )
@@ -28,13 +29,19 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """A request for one adapter: where it is and how strongly it acts on each network."""
+    """A request for one adapter: where it is and how strongly it acts on each network.
+
+    ``rank`` cuts a LoRA that was trained to be cut (DyLoRA) to its first ranks; None keeps them all.
+    """
 
     path: Path
     unet_strength: float = 1.0
     text_encoder_strength: float | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"{self.path}: cannot be cut to the rank {self.rank}; expected 1 or more")
         for value in (self.unet_strength, self.text_encoder_strength):
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"{self.path}: the strength {value} is not a finite number; {_EXPECTED}")
@@ -67,7 +74,8 @@ class AdapterRef:
         left_over = any(f"{extension}:" in head.lower() for extension in EXTENSIONS) and not _exists(head)
         if not head.strip() or left_over:
             raise UsageError(f"cannot read the adapter {text!r}: {_EXPECTED}")
-        return cls(Path(head), *strengths)
+        unet, text_encoder = [*strengths, None, None][:2]
+        return cls(Path(head), 1.0 if unet is None else unet, text_encoder)
 
 
 def _exists(text: str) -> bool:
@@ -81,8 +89,10 @@ def _exists(text: str) -> bool:
 class ModuleTensors:
     """The tensors of one module, read on demand, with what a configuration file says about its scale.
 
-    ``keys`` maps a format's parameter names to the names in the file. ``alpha`` is None where no
-    configuration gives one; a stored alpha always goes before it.
+    ``keys`` maps a format's parameter names to the names in the file. ``alpha`` and ``config_rank`` are None
+    where no configuration gives one; a stored alpha always goes before it. ``keep_rank`` is that of the
+    request. ``peft_terms`` is None for what PEFT did not write, else how many terms of Neumann's series its
+    rotations have, 0 for the exact Cayley transform.
     """
 
     stem: str
@@ -90,10 +100,18 @@ class ModuleTensors:
     source: TensorSource
     alpha: float | None = None
     rank_stabilized: bool = False
+    config_rank: int | None = None
+    keep_rank: int | None = None
+    peft_terms: int | None = None
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Shape of a parameter that is present."""
         return self.source.infos[self.keys[parameter]].shape
+
+    def listed(self, *parameters: str) -> str:
+        """The parameters that are present with their shapes, for messages."""
+        present = [name for name in parameters if name in self.keys]
+        return ", ".join(f"{name} {list(self.shape(name))}" for name in present)
 
     def read(self, parameter: str) -> np.ndarray:
         """A parameter as float32.
@@ -114,6 +132,22 @@ class ModuleTensors:
             )
         return value
 
+    def integers(self, parameter: str) -> np.ndarray:
+        """A parameter of whole numbers, such as indices, as int64.
+
+        Raises:
+            AdapterError: it is of another type, or holds a negative number.
+        """
+        key = self.keys[parameter]
+        if self.source.infos[key].dtype not in _INTEGERS:
+            raise self.error(
+                f"tensor {key!r} is of type {self.source.infos[key].dtype}; expected whole numbers"
+            )
+        value = self.source.read(key).astype(np.int64)
+        if value.size and int(value.min()) < 0:
+            raise self.error(f"tensor {key!r} holds {int(value.min())}; expected no negative number")
+        return value
+
     def scalar(self, parameter: str) -> float:
         """A parameter with one element, such as ``alpha``, as a finite number."""
         key = self.keys[parameter]
@@ -131,8 +165,16 @@ class ModuleTensors:
         return AdapterError(f"{self.source.path}: module {self.stem!r}: {text}")
 
 
+Rows = Callable[[int, int, np.ndarray, np.ndarray], None]
+"""``rows(start, stop, running, out)`` fills ``out`` with the change of the rows ``start`` to ``stop``.
+
+Both arrays are float32 of shape ``(stop - start, columns)``. ``running`` holds the same rows of the weight
+with the updates before this one already in it; what only adds does not look at it. Nobody writes into it.
+"""
+
+
 class WeightUpdate(Protocol):
-    """What one module adds to one tensor of the layer that it changes."""
+    """How one module changes one tensor of its layer."""
 
     @property
     def parameter(self) -> str:
@@ -148,6 +190,13 @@ class WeightUpdate(Protocol):
 
         ``weight`` is the running value, with the updates before this one already in it; formats that
         only add do not look at it.
+        """
+        ...
+
+    def rows(self, shape: tuple[int, ...], strength: float) -> Rows | None:
+        """The same change of a weight of ``shape`` by rows, its other axes flattened into columns.
+
+        None where it cannot be had without the whole weight; then ``delta`` is asked.
         """
         ...
 

@@ -38,7 +38,10 @@ _FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     ("an IP-Adapter", re.compile(r"to_[kv]_ip[._]|^ip_adapter\.|^image_proj\.")),
     ("an AnimateDiff motion module", re.compile(r"motion_modules[._]|temporal_transformer")),
-    ("a textual inversion embedding", re.compile(r"^(emb_params|emp_params|clip_[lg]|string_to_param\b.*)$")),
+    (
+        "a textual inversion embedding",
+        re.compile(r"^(emb_params|emp_params(_out)?|clip_[lg](_out)?|string_to_param\b.*)$"),
+    ),
 )
 _CHECKPOINT = re.compile(
     r"^(model\.diffusion_model|cond_stage_model|first_stage_model|conditioner)\.|^(unet\.)?conv_in\."
@@ -76,12 +79,20 @@ def refuse_foreign(adapter: Adapter, target: str) -> None:
         raise AdapterError(f"{adapter.path}: is {kind} (it has {key[:120]!r}); {target}")
     if not any(module.format for module in adapter.modules):
         key = next(iter(adapter.source.infos))
+        if all(_is_token(key, info.shape) for key, info in adapter.source.infos.items()):
+            what = f"is a textual inversion embedding (its first token is {key[:120]!r})"
+            raise AdapterError(f"{adapter.path}: {what}; {target}")
         what = (
             "is a checkpoint, not an adapter"
             if any(map(_CHECKPOINT.match, adapter.source.infos))
             else ("is no adapter that Kiln knows")
         )
         raise AdapterError(f"{adapter.path}: {what} (its first tensor is {key[:120]!r}); {target}")
+
+
+def _is_token(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is the embedding of one token under its name, as cloneofsimo and diffusers store it."""
+    return "." not in key and len(shape) in (1, 2) and shape[-1] in _TEXT_WIDTHS
 
 
 def guess_family(adapter: Adapter) -> FamilyGuess:
@@ -161,6 +172,10 @@ def _input_width(adapter: Adapter, module: AdapterModule) -> int | None:
         return shapes["down"][1]
     if len(shapes.get("hada_w1_b", ())) == 2:
         return shapes["hada_w1_b"][1]
+    if len(shapes.get("diff", ())) >= 2:
+        return shapes["diff"][1]
+    if len(shapes.get("hada_t2", ())) == 4 and len(shapes.get("hada_w2_b", ())) == 2:
+        return shapes["hada_w2_b"][1]
     first = shapes.get("lokr_w1") or shapes.get("lokr_w1_b") or ()
     second = shapes.get("lokr_w2") or shapes.get("lokr_w2_b") or ()
     return first[1] * second[1] if len(first) >= 2 and len(second) >= 2 else None

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .base import AdapterFormat
+from .base import AdapterFormat, ModuleTensors, WeightUpdate
+from .dora import DORA
+from .full import DIFFERENCE, NORM, SET
+from .glora import GLORA
+from .ia3 import IA3
+from .loha import LOHA
+from .lokr import LOKR
 from .lora import LORA
-from .unsupported import DORA, OTHERS
+from .oft import OFT
+from .oft_input import INPUT_OFT
+from .sparse import SPARSE
+from .unsupported import UNSUPPORTED
+from .updates import joined
 
-# Tested in this order. DoRA is a scale on top of another format, so it goes before all of them.
-FORMATS: tuple[AdapterFormat, ...] = (DORA, LORA, *OTHERS)
+# The families one of which a module is; DoRA takes the place of those that it decomposes.
+FAMILIES: tuple[AdapterFormat, ...] = (LORA, LOHA, LOKR, IA3, OFT, INPUT_OFT, GLORA, SET)
+# What may stand beside a family, and alone.
+BESIDE: tuple[AdapterFormat, ...] = (SPARSE, DIFFERENCE, NORM)
+FORMATS: tuple[AdapterFormat, ...] = (*UNSUPPORTED, DORA, *FAMILIES, *BESIDE)
 
 SUFFIXES: Mapping[str, str] = {
     suffix: name for form in reversed(FORMATS) for suffix, name in form.suffixes.items()
@@ -36,7 +49,46 @@ def split_key(key: str) -> SplitKey | None:
     return None
 
 
-def format_of(parameters: Iterable[str]) -> AdapterFormat | None:
-    """The format of a module with these parameters, or None when they belong to no format."""
+def formats_of(parameters: Iterable[str]) -> tuple[AdapterFormat, ...]:
+    """The formats of a module with these parameters; none when they belong to no format."""
     present = frozenset(parameters)
-    return next((form for form in FORMATS if form.owns(present)), None)
+    for form in UNSUPPORTED:
+        if form.owns(present):
+            return (form,)
+    owners = tuple(form for form in (*FAMILIES, *BESIDE) if form.owns(present))
+    if DORA.owns(present):
+        return (DORA, *(form for form in owners if form not in DORA.over))
+    return owners
+
+
+def format_name(parameters: Iterable[str]) -> str | None:
+    """What reports call a module: ``LoRA``, ``DoRA over LoHa``, ``LoRA, sparse remainder``; None for none."""
+    present = frozenset(parameters)
+    names = [form.name for form in formats_of(present)]
+    if names and names[0] == DORA.name:
+        under = [form.name for form in DORA.over if form.owns(present)]
+        names[0] = f"{DORA.name} over {' and '.join(under)}" if under else DORA.name
+    return ", ".join(names) or None
+
+
+def updates_of(module: ModuleTensors) -> tuple[WeightUpdate, ...]:
+    """All updates of a module, of every format that it has.
+
+    Raises:
+        AdapterError: it is of two families at once, or a format finds its tensors in contradiction.
+    """
+    forms = formats_of(module.keys)
+    families = [form.name for form in forms if form in (DORA, *FAMILIES)]
+    if len(families) > 1:
+        raise module.error(f"holds parameters of {' and '.join(families)}; expected one family in a module")
+    return joined([update for form in forms for update in form.updates(module)])
+
+
+def unused(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Parameters of a module that none of its formats reads."""
+    present = frozenset(parameters)
+    forms = formats_of(present)
+    read = {name for form in forms for name in form.suffixes.values()}
+    if DORA in forms:
+        read |= {name for form in DORA.over for name in form.suffixes.values()}
+    return tuple(sorted(present - read))

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..tensors import TensorInfo
 from .base import ModuleTensors
 from .families import foreign_kind, guess_family
 from .keys import network_of
-from .open import Adapter, open_adapter
+from .open import Adapter, AdapterModule, open_adapter
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _describe(adapter: Adapter) -> AdapterInspection:
     for module in known:
         if "alpha" in module.keys:
             alphas[ModuleTensors(module.stem, module.keys, adapter.source).scalar("alpha")] += 1
-    downs = [infos[module.keys["down"]].shape for module in known if "down" in module.keys]
+    ranks = Counter(rank for module in known if (rank := _rank(module, infos)) is not None)
     return AdapterInspection(
         path=adapter.path,
         kind=foreign[0] if foreign else ("adapter" if known else "no adapter that Kiln knows"),
@@ -69,10 +70,20 @@ def _describe(adapter: Adapter) -> AdapterInspection:
         family=family,
         family_reason=reason,
         modules=dict(Counter(network_of(module.stem) for module in known)),
-        ranks=dict(Counter(shape[0] for shape in downs if shape)),
+        ranks=dict(ranks),
         alphas=dict(alphas),
         dtypes=dict(Counter(info.dtype for info in infos.values())),
         loose_keys=adapter.loose_keys,
         metadata=adapter.metadata,
         size_bytes=adapter.path.stat().st_size,
     )
+
+
+# The factor whose first axis is the rank, in the order in which each family's scale asks for it.
+_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+
+
+def _rank(module: AdapterModule, infos: Mapping[str, TensorInfo]) -> int | None:
+    """The rank of a module that has one."""
+    shape = next((infos[module.keys[name]].shape for name in _RANKED if name in module.keys), ())
+    return shape[0] if shape else None

@@ -7,18 +7,21 @@ real module can have (diffusers or LDM, dotted or underscored) stands in one tab
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..ldm_names import ldm_unet_module_map
+from .openclip import openclip_modules
 
 UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
 
 # Component prefixes and the networks they can mean; all that match are tried, in this order.
 _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("base_model.model.unet.", (UNET,)),
+    ("base_model.model.text_encoder_2.", (TEXT_2,)),
     ("base_model.model.text_encoder.", (TEXT,)),
-    ("base_model.model.", (UNET, TEXT)),
+    ("base_model.model.", (UNET, TEXT, TEXT_2)),
     ("unet.base_model.model.", (UNET,)),
     ("text_encoder.base_model.model.", (TEXT,)),
     ("text_encoder_2.base_model.model.", (TEXT_2,)),
@@ -27,44 +30,81 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("diffusion_model_", (UNET,)),  # written by the "NTC" slider trainer
     ("lora_unet_unet_", (UNET,)),  # a doubled prefix, seen in the wild
     ("lora_unet_", (UNET,)),
+    ("lora_unet.", (UNET,)),  # OneTrainer's own names, which it also saves
     ("oft_unet_", (UNET,)),
-    ("lycoris_", (UNET,)),
+    ("lycoris_unet_", (UNET,)),
+    ("lycoris_", (UNET, TEXT, TEXT_2)),
     ("lora_te1_", (TEXT,)),
+    ("lora_te1.", (TEXT,)),
     ("lora_te2_", (TEXT_2,)),
+    ("lora_te2.", (TEXT_2,)),
     ("lora_te_", (TEXT,)),
+    ("lora_te.", (TEXT,)),
     ("unet.", (UNET,)),
     ("text_encoder_2.", (TEXT_2,)),
     ("text_encoder.", (TEXT,)),
     ("text_encoders.clip_l.transformer.", (TEXT,)),
+    ("text_encoders.clip_h.transformer.", (TEXT,)),
     ("text_encoders.clip_g.transformer.", (TEXT_2,)),
-    ("", (UNET, TEXT)),
+    ("text_encoders.clip_l.", (TEXT,)),
+    ("text_encoders.clip_h.", (TEXT,)),
+    ("text_encoders.clip_g.", (TEXT_2,)),
+    ("clip_l.transformer.", (TEXT,)),
+    ("clip_h.transformer.", (TEXT,)),
+    ("clip_g.transformer.", (TEXT_2,)),
+    ("clip_l.", (TEXT,)),
+    ("clip_g.", (TEXT_2,)),
+    ("", (UNET, TEXT, TEXT_2)),
 )
+# LDM's names of SDXL that no checkpoint of SD1 has.
+_LDM_EXTRA = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 _POSITIONAL = re.compile(r"(unet|text_encoder):(\d+)")
 _LDM = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks|time_embed|label_emb)[._]")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A module of the target: its network and its path in diffusers' (or transformers') names."""
+    """A module of the target: its network and its path in diffusers' (or transformers') names.
+
+    ``rows`` are those that are the module's own, where the target stores it as a part of another one.
+    """
 
     network: str
     module: str
+    rows: tuple[int, int] | None = None
+
+    def tensor(self, parameter: str) -> tuple[str, str]:
+        """Network and name of one tensor of the module."""
+        return self.network, f"{self.module}{'.' if self.rows is None else '_'}{parameter}"
 
 
 class ModuleIndex:
     """The target's modules, found by any name a trainer may have given them."""
 
     def __init__(self, targets: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-        """Index the tensors of each network: ``{network: {tensor name: shape}}``."""
+        """Index the tensors of each network: ``{network: {tensor name: shape}}``.
+
+        Names are diffusers' (transformers'); a text encoder may have OpenCLIP's, whose attention stores
+        query, key and value as one matrix.
+        """
         self.shapes = {
             (network, name): tuple(shape)
             for network, tensors in targets.items()
             if network in (UNET, TEXT, TEXT_2)
             for name, shape in tensors.items()
         }
-        self._names = {
-            network: _names(network, self.modules(network)) for network in {n for n, _ in self.shapes}
+        self._places = {
+            network: self._places_of(network) for network in {network for network, _ in self.shapes}
         }
+
+    def _places_of(self, network: str) -> dict[str, Location]:
+        """Every accepted name of every module of a network."""
+        found = {path: Location(network, path) for path in self.modules(network)}
+        if network != UNET:
+            shapes = {name: shape for (n, name), shape in self.shapes.items() if n == network}
+            for name, (module, rows) in openclip_modules(shapes).items():
+                found[name] = Location(network, module, rows)
+        return {name: found[path] for name, path in _names(network, list(found)).items()}
 
     def modules(self, network: str) -> list[str]:
         """Paths of the modules that hold a weight, in the order of the target's tensors."""
@@ -74,23 +114,42 @@ class ModuleIndex:
 
     def locate(self, stem: str) -> Location | None:
         """The module that a dotted or underscored stem means, or None when the target has none such."""
+        return next(self._candidates(stem), None)
+
+    def _candidates(self, stem: str) -> Iterator[Location]:
+        """Every module that the stem could mean, the likeliest first; one for each network."""
+        seen = set()
         for prefix, networks in _PREFIXES:
             if not stem.startswith(prefix):
                 continue
-            for network in networks:
-                names = self._names.get(network, {})
+            for network in self._present(networks):
                 for spelling in _spellings(stem[len(prefix) :], network):
-                    if spelling in names:
-                        return Location(network, names[spelling])
-        return None
+                    place = self._places[network].get(spelling)
+                    if place is not None and network not in seen:
+                        seen.add(network)
+                        yield place
+
+    def _present(self, networks: tuple[str, ...]) -> list[str]:
+        """Those networks that the target has; the refiner's only text encoder answers for the first."""
+        if TEXT in networks and TEXT not in self._places and TEXT_2 in self._places:
+            networks = tuple(dict.fromkeys(TEXT_2 if network == TEXT else network for network in networks))
+        return [network for network in networks if network in self._places]
 
     def place(self, stems: Iterable[str]) -> dict[str, Location]:
         """Locate all stems of one file; those of the target's modules that are found, by stem.
 
-        Positional stems (``unet:7``) can only be told together: their number says which layers were trained.
+        Some stems can only be told together: the number of positional ones (``unet:7``) says which layers
+        were trained, and names without a network are of the text encoder that has the most of them.
         """
         stems = list(stems)
-        found = {stem: location for stem in stems if (location := self.locate(stem)) is not None}
+        choices = {stem: {place.network: place for place in self._candidates(stem)} for stem in stems}
+        votes = Counter(network for places in choices.values() for network in places if len(places) > 1)
+        votes.update(network for places in choices.values() for network in places if len(places) == 1)
+        found = {
+            stem: max(places.values(), key=lambda place: votes[place.network])
+            for stem, places in choices.items()
+            if places
+        }
         for network in (UNET, TEXT):
             numbered = {
                 stem: int(m[2]) for stem in stems if (m := _POSITIONAL.fullmatch(stem)) and m[1] == network
@@ -105,6 +164,7 @@ def _names(network: str, modules: list[str]) -> dict[str, str]:
     dotted = {path: path for path in modules}
     if network == UNET:
         ldm = ldm_unet_module_map(f"{path}.weight" for path in modules)
+        ldm |= {name: path for name, path in _LDM_EXTRA.items() if path in dotted}
         dotted |= {name: path for name, path in ldm.items() if name not in dotted}
     names, shared = dict(dotted), set()
     for name, path in dotted.items():

@@ -1,21 +1,18 @@
 """LoRA and LoCon: a weight change of low rank, for linear layers and convolutions.
 
 Formulas: LoRA (Hu et al. 2021, arXiv:2106.09685), its convolutional form of kohya-ss/sd-scripts, the CP
-form of KohakuBlueleaf/LyCORIS (``lora_mid``), and the rank-stabilized scale (Kalajdzievski 2023,
-arXiv:2312.03732).
+form of KohakuBlueleaf/LyCORIS (``lora_mid``).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from .base import ModuleTensors, WeightUpdate
-
-MAX_RANK = 1024
+from .updates import AddUpdate, Fill, Stored, check_rank, matrix, scale_of, trimmed
 
 # Every way in which trainers have spelt the same few parameters; the separator belongs to the suffix.
 _STEMS_DOWN_UP = (
@@ -43,75 +40,29 @@ _SUFFIXES = {
 }
 
 
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the trailing ones of a 1x1 kernel: kohya stores linear layers either way."""
-    end = len(shape)
-    while end > 2 and shape[end - 1] == 1:
-        end -= 1
-    return shape[:end]
-
-
 @dataclass(frozen=True)
-class LowRankUpdate:
-    """``strength * scale * up @ down``, with ``mid`` between the two in the CP form."""
+class LowRank:
+    """``up @ down``, with ``mid`` between the two in the CP form, cut to the first ``rank`` of its ranks."""
 
     module: ModuleTensors
     scale: float
     shape: tuple[int, ...]
-    parameter: str = "weight"
+    rank: int
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """None when the change has the shape of the weight, kernels of one aside."""
-        own, target = _trimmed(self.shape), _trimmed(shape)
-        flat = len(own) == 2 and len(target) == 4 and own == (target[0], math.prod(target[1:]))
-        if own == target or flat or self._pads(shape):
-            return None
-        return str(list(self.shape))
-
-    def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """The scaled product, float32, in the shape of ``weight``."""
+    def fill(self) -> Fill:
+        """Rows of ``up`` times all the rest."""
         up, down = self.module.read("up"), self.module.read("down")
-        up = up.reshape(up.shape[:2])
+        up, down = up.reshape(up.shape[:2]), matrix(down)
         if "mid" in self.module.keys:
-            # dW[o,i,h,w] = sum_ab up[o,a] mid[a,b,h,w] down[b,i]
-            core = np.tensordot(up, self.module.read("mid"), axes=(1, 0))
-            product = np.moveaxis(np.tensordot(core, down.reshape(down.shape[:2]), axes=(1, 0)), -1, 1)
-        else:
-            product = up @ down.reshape(down.shape[0], -1)
-        product *= np.float32(self.scale * strength)  # in place: it is as large as the weight
-        if not self._pads(weight.shape):
-            return product.reshape(weight.shape)
-        padded = np.zeros(weight.shape, np.float32)
-        padded[:, : self.shape[1]] = product.reshape(self.shape)
-        return padded
+            # dW[o,i,h,w] = sum_ab up[o,a] mid[a,b,h,w] down[b,i]; the last two once for all rows
+            down = matrix(np.einsum("abhw,bi->aihw", self.module.read("mid"), down, optimize=True))
+        elif self.rank < len(down):
+            up, down = np.ascontiguousarray(up[:, : self.rank]), down[: self.rank]
 
-    def _pads(self, shape: tuple[int, ...]) -> bool:
-        """Whether this is a change of a 4-channel conv_in for one that also reads a mask or an image.
+        def fill(start: int, stop: int, out: np.ndarray) -> None:
+            np.matmul(up[start:stop], down, out=out)
 
-        Inpainting (9), depth (5) and pix2pix (8) models keep the latent in their first four channels, and
-        stable-diffusion-webui pads the change with zeros.
-        """
-        if len(shape) != 4 or len(self.shape) != 4 or self.shape[1] != 4 or shape[1] not in (5, 8, 9):
-            return False
-        return self.shape[0] == shape[0] and self.shape[2:] == shape[2:]
-
-
-@dataclass(frozen=True)
-class BiasUpdate:
-    """``strength * scale * bias``: what PEFT's ``lora_bias`` adds to the bias of the layer."""
-
-    module: ModuleTensors
-    scale: float
-    parameter: str = "bias"
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """None when the bias has the length of the layer's."""
-        own = self.module.shape("up_bias")
-        return None if own == shape else str(list(own))
-
-    def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """The scaled bias, float32."""
-        return self.module.read("up_bias") * np.float32(self.scale * strength)
+        return fill
 
 
 class LoraFormat:
@@ -132,49 +83,39 @@ class LoraFormat:
         Raises:
             AdapterError: a factor is missing, ranks differ or exceed ``MAX_RANK``, or a scalar is not finite.
         """
-        missing = [name for name in ("down", "up") if name not in module.keys]
-        if missing:
-            raise module.error(f"has no lora_{missing[0]} tensor; the file is incomplete")
-        rank = module.shape("down")[0] if module.shape("down") else 0
-        shape = _product_shape(module, rank)
-        if not 1 <= rank <= MAX_RANK:
-            raise module.error(f"has the rank {rank}; expected 1 to {MAX_RANK}")
-        scale = _scale(module, rank)
-        weight: WeightUpdate = LowRankUpdate(module, scale, shape)
-        return (weight, BiasUpdate(module, scale)) if "up_bias" in module.keys else (weight,)
+        for name in ("down", "up"):
+            if name not in module.keys:
+                raise module.error(f"has no lora_{name} tensor; the file is incomplete")
+        stored = module.shape("down")[0] if module.shape("down") else 0
+        shape = _product_shape(module, stored)
+        rank = check_rank(module, stored)
+        # DyLoRA (Valipour et al. 2022, arXiv:2210.07558) trains the first ranks to do without the others;
+        # alpha and its divisor stay, as in stable-diffusion-webui.
+        keep = min(rank, module.keep_rank or rank)
+        if keep < rank and "mid" in module.keys:
+            raise module.error(f"is in CP form, which cannot be cut to the rank {keep}")
+        weight = AddUpdate(LowRank(module, scale_of(module, rank), shape, keep))
+        if "up_bias" not in module.keys:
+            return (weight,)
+        return (weight, AddUpdate(Stored(module, "up_bias", scale_of(module, rank)), "bias"))
 
 
 def _product_shape(module: ModuleTensors, rank: int) -> tuple[int, ...]:
     """Shape of the weight change, after checking that the factors can be multiplied."""
     down, up = module.shape("down"), module.shape("up")
     kernel = down[2:]
-    fits = len(down) in (2, 4) and len(up) in (2, 4) and _trimmed(up) == up[:2] and 0 not in (*down, *up)
+    fits = len(down) in (2, 4) and len(up) in (2, 4) and trimmed(up) == up[:2] and 0 not in (*down, *up)
     inner = rank
     if fits and "mid" in module.keys:
         mid = module.shape("mid")
-        fits = len(mid) == 4 and mid[1] == rank and _trimmed(down) == down[:2]
-        inner, kernel = (mid[0], mid[2:]) if fits else (inner, kernel)
+        fits = len(mid) == 4 and mid[1] == rank and trimmed(down) == down[:2]
+        inner, kernel = (check_rank(module, mid[0]), mid[2:]) if fits else (inner, kernel)
     if not fits or up[1] != inner:
-        listed = ", ".join(
-            f"{name} {list(module.shape(name))}" for name in ("down", "mid", "up") if name in module.keys
-        )
+        listed = module.listed("down", "mid", "up")
         raise module.error(
             f"its factors cannot be multiplied: {listed}; expected down [r, I, ...] and up [O, r, ...]"
         )
     return (up[0], down[1], *kernel)
-
-
-def _scale(module: ModuleTensors, rank: int) -> float:
-    """The factor of the product: a stored scale, else alpha / rank, else 1.
-
-    With rank stabilization the divisor is the square root of the rank.
-    """
-    if "scale" in module.keys:
-        return module.scalar("scale")
-    alpha = module.scalar("alpha") if "alpha" in module.keys else module.alpha
-    if alpha is None:
-        alpha = float(rank)
-    return alpha / (math.sqrt(rank) if module.rank_stabilized else rank)
 
 
 LORA = LoraFormat()

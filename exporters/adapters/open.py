@@ -11,7 +11,7 @@ from ...errors import AdapterError
 from ..file_kinds import is_pickle, open_regular
 from ..pickles import TorchFile
 from ..tensors import TensorFile, TensorSource
-from .formats import format_of, split_key
+from .formats import format_name, split_key
 from .keys import dialect_of
 from .scaling import Scaling, read_scaling
 
@@ -146,6 +146,5 @@ def _group(path: Path, keys: Iterable[str]) -> tuple[tuple[AdapterModule, ...], 
             dialects.setdefault(split.stem, dialect_of(split.stem, split.suffix))
     modules = []
     for stem, parameters in grouped.items():
-        form = format_of(parameters)
-        modules.append(AdapterModule(stem, parameters, form.name if form else None, dialects.get(stem, "")))
+        modules.append(AdapterModule(stem, parameters, format_name(parameters), dialects.get(stem, "")))
     return tuple(modules), tuple(loose)

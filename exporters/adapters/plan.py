@@ -6,44 +6,25 @@ given. An update sees the running weight, so formats that depend on it compose i
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import AdapterError
-from .base import AdapterRef, ModuleTensors, WeightUpdate
-from .families import FamilyGuess, check_family, describe_target, guess_family, refuse_foreign
-from .formats import format_of
-from .keys import Location, ModuleIndex
-from .open import Adapter, AdapterModule, open_adapter
-from .widen import widen
+from .base import AdapterRef, WeightUpdate
+from .blocks import Change, Size, Workspace, add_whole, bake_blocks, squared, store
+from .halves import widen
+from .keys import ModuleIndex
+from .match import Matched, Target, match_adapter
+from .open import open_adapter
+from .report import AdapterReport
 
-Target = tuple[str, str]
-"""Network and tensor name."""
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """What was done with one adapter file.
-
-    ``matched_modules`` counts modules by network, with strength 0 too. ``unmatched_keys`` had no place in
-    the model and were not applied. ``path`` is as given, ``digest`` the SHA-256 of the weights file.
-    """
-
-    path: Path
-    digest: str
-    format: str
-    unet_strength: float
-    text_encoder_strength: float
-    matched_modules: Mapping[str, int]
-    unmatched_keys: tuple[str, ...]
-    metadata: Mapping[str, str]
+__all__ = ["AdapterReport", "BakePlan", "plan_bake"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +34,18 @@ class _Step:
     update: WeightUpdate
     strength: float
     label: str
+    target: Target
+    size: Size = field(default_factory=Size)
+
+    def change(self, shape: tuple[int, ...]) -> Change | None:
+        """The change by rows; None where the whole weight is needed."""
+        with np.errstate(over="ignore", invalid="ignore"):  # of values that are checked when they are added
+            rows = self.update.rows(shape, self.strength)
+        return None if rows is None else Change(rows, self.overflow, self.size)
+
+    def overflow(self) -> AdapterError:
+        """The error to raise when the change is not finite."""
+        return AdapterError(f"{self.label}: its change at strength {self.strength:g} overflows float32")
 
 
 @dataclass(frozen=True)
@@ -62,9 +55,18 @@ class BakePlan:
     The adapter files stay open until ``close``, or until the plan is no longer used.
     """
 
-    reports: tuple[AdapterReport, ...]
+    _reports: tuple[tuple[AdapterReport, tuple[_Step, ...]], ...]
     _steps: Mapping[Target, tuple[_Step, ...]]
     _close: Callable[[], None] = field(repr=False)
+    _work: Workspace = field(default_factory=Workspace, repr=False)
+
+    @property
+    def reports(self) -> tuple[AdapterReport, ...]:
+        """One for each adapter in order, with the sizes of the changes that have been baked so far."""
+        return tuple(
+            replace(report, changes={".".join(s.target): s.size.relative for s in steps if s.size.seen})
+            for report, steps in self._reports
+        )
 
     def is_touched(self, network: str, name: str) -> bool:
         """Whether ``bake`` changes this tensor."""
@@ -84,20 +86,45 @@ class BakePlan:
         Raises:
             AdapterError: an update overflows float32, or its tensors hold NaN or infinity.
         """
-        steps = self._steps.get((network, name))
-        if not steps:
+        if not self.is_touched(network, name):
             return tensor
+        baked = np.empty(tensor.shape, np.float32)
+        self.bake_into(network, name, tensor, baked)
+        return baked
+
+    def bake_into(self, network: str, name: str, tensor: np.ndarray, out: np.ndarray) -> float:
+        """Write a tensor that adapters touch, with all of them added, in the type of ``out``.
+
+        Args:
+            network: ``unet`` or ``text_encoder``.
+            name: the tensor's name in diffusers' (transformers') names.
+            tensor: its base value in the type it is stored in.
+            out: contiguous, of the same shape; may be ``tensor`` itself.
+
+        Returns:
+            The largest magnitude of the sum, in float32, before it was cast; NaN if one is NaN.
+
+        Raises:
+            AdapterError: an update overflows float32, or its tensors hold NaN or infinity.
+        """
+        steps = self._steps[network, name]
+        changes = [step.change(tensor.shape) for step in steps]
+        streamed = [change for change in changes if change is not None]
+        if len(streamed) == len(steps) and tensor.size:
+            return bake_blocks(tensor, streamed, out, self._work)
+        # Some need the whole weight: it is widened once, and what is had by rows between them goes together.
         weight = widen(tensor)
-        for step in steps:
-            with np.errstate(over="ignore", invalid="ignore"):  # checked by value below
-                delta = step.update.delta(weight, step.strength)
-            # The extremes are NaN or infinite if one value is, and need no array of their own.
-            if delta.size and not np.isfinite([delta.max(), delta.min()]).all():
-                raise AdapterError(
-                    f"{step.label}: its change at strength {step.strength:g} overflows float32"
-                )
-            weight += delta
-        return weight
+        base = squared(weight)
+        for streams, run in groupby(zip(steps, changes, strict=True), lambda pair: pair[1] is not None):
+            together = list(run)
+            if streams and weight.size:
+                bake_blocks(weight, [change for _, change in together if change], weight, self._work)
+            else:
+                for step, _ in together:
+                    _add_whole(weight, step)
+            for step, _ in together:
+                step.size.weight = base
+        return store(weight, out, self._work)
 
     def close(self) -> None:
         """Close the adapter files; closing twice is allowed."""
@@ -110,16 +137,11 @@ class BakePlan:
         self.close()
 
 
-@dataclass(frozen=True)
-class _Matched:
-    """One adapter file laid over the model: its updates by tensor, and what is left over."""
-
-    adapter: Adapter
-    digest: str
-    format: str
-    updates: tuple[tuple[Target, WeightUpdate, str], ...]
-    modules: Mapping[str, int]
-    unmatched: tuple[str, ...]
+def _add_whole(weight: np.ndarray, step: _Step) -> None:
+    """Add one change that needs the whole weight."""
+    with np.errstate(over="ignore", invalid="ignore"):  # checked by value
+        delta = step.update.delta(weight, step.strength)
+    add_whole(weight, delta, step.overflow, step.size)
 
 
 def plan_bake(
@@ -140,122 +162,37 @@ def plan_bake(
     steps: dict[Target, list[_Step]] = {}
     reports = []
     with ExitStack() as stack:
-        opened: dict[Path, _Matched] = {}
+        opened: dict[tuple[Path, int | None], Matched] = {}
         for ref in refs:
-            key = ref.path.resolve()
+            key = (ref.path.resolve(), ref.rank)
             if key not in opened:
                 adapter = open_adapter(ref.path)
                 stack.callback(adapter.source.close)
-                opened[key] = _match(adapter, index)
-            matched = opened[key]
-            for target, update, label in matched.updates:
+                opened[key] = match_adapter(adapter, index, ref.rank)
+            own = []
+            for target, update, label in opened[key].updates:
                 strength = ref.strength(target[0])
                 if strength != 0:
-                    steps.setdefault(target, []).append(_Step(update, strength, label))
-            reports.append(_report(ref, matched))
+                    own.append(_Step(update, strength, label, target))
+                    steps.setdefault(target, []).append(own[-1])
+            reports.append((_report(ref, opened[key]), tuple(own)))
         closing = stack.pop_all()
     plan = BakePlan(tuple(reports), {target: tuple(row) for target, row in steps.items()}, closing.close)
     weakref.finalize(plan, closing.close)  # for callers that let the plan go without closing it
     return plan
 
 
-def _match(adapter: Adapter, index: ModuleIndex) -> _Matched:
-    """Lay one adapter over the model; everything that can be wrong with it is found here."""
-    refuse_foreign(adapter, describe_target(index))
-    guess = guess_family(adapter)
-    check_family(adapter, guess, index)
-    places = index.place(module.stem for module in adapter.modules if module.format)
-    updates: list[tuple[Target, WeightUpdate, str]] = []
-    unmatched = list(adapter.loose_keys)
-    modules: Counter[str] = Counter()
-    taken: dict[Location, str] = {}
-    for module in adapter.modules:
-        location = places.get(module.stem)
-        if location is None:
-            unmatched.extend(module.keys.values())
-            continue
-        if location in taken:
-            both = f"{taken[location]!r} and {module.stem!r}"
-            raise AdapterError(f"{adapter.path}: {both} are the same module ({location.module})")
-        taken[location] = module.stem
-        modules[location.network] += 1
-        for update in _updates(adapter, module, location):
-            target = (location.network, f"{location.module}.{update.parameter}")
-            if target not in index.shapes and update.parameter == "bias":
-                unmatched.append(module.keys["up_bias"])  # the layer has no bias to add to
-                continue
-            _check_shape(adapter, update, target, index, guess)
-            updates.append((target, update, f"{adapter.path}: module {module.stem!r}"))
-    if not modules:
-        raise _nothing_matched(adapter, guess, index)
-    _check_values(adapter, taken.values())
-    form = " and ".join(name for name, _ in adapter.formats.most_common())
-    return _Matched(adapter, _sha256(adapter.path), form, tuple(updates), dict(modules), tuple(unmatched))
-
-
-def _updates(adapter: Adapter, module: AdapterModule, location: Location) -> tuple[WeightUpdate, ...]:
-    form = format_of(module.keys)
-    if form is None:
-        return ()
-    scaling = adapter.scaling(location.network)
-    alpha = scaling.alpha_of(location.module)
-    return form.updates(
-        ModuleTensors(module.stem, module.keys, adapter.source, alpha, scaling.rank_stabilized)
-    )
-
-
-def _check_shape(
-    adapter: Adapter, update: WeightUpdate, target: Target, index: ModuleIndex, guess: FamilyGuess
-) -> None:
-    shape = index.shapes[target]
-    misfit = update.misfit(shape)
-    if misfit is not None:
-        likely = (
-            f"it is probably for {guess.title} ({guess.reason})"
-            if guess.family
-            else "it is for another model"
-        )
-        raise AdapterError(
-            f"{adapter.path}: does not fit: its change of {target[1]} ({target[0]}) has the shape {misfit}, "
-            f"the model's is {list(shape)}; {likely}, {describe_target(index)}"
-        )
-
-
-def _check_values(adapter: Adapter, stems: Iterable[str]) -> None:
-    """Read every tensor that will be used once, so that NaN is found before anything is written."""
-    used = set(stems)
-    for module in adapter.modules:
-        if module.stem in used:
-            tensors = ModuleTensors(module.stem, module.keys, adapter.source)
-            for parameter in module.keys:
-                if parameter in ("alpha", "scale"):
-                    tensors.scalar(parameter)
-                else:
-                    tensors.read(parameter)
-
-
-def _nothing_matched(adapter: Adapter, guess: FamilyGuess, index: ModuleIndex) -> AdapterError:
-    keys = ", ".join(repr(key[:80]) for key in list(adapter.source.infos)[:3])
-    family = f"; by its tensors it is for {guess.title} ({guess.reason})" if guess.family else ""
-    return AdapterError(
-        f"{adapter.path}: none of its {len(adapter.source.infos)} tensors matches a layer of the model "
-        f"(they begin {keys}){family}; {describe_target(index)}"
-    )
-
-
-def _report(ref: AdapterRef, matched: _Matched) -> AdapterReport:
+def _report(ref: AdapterRef, matched: Matched) -> AdapterReport:
     return AdapterReport(
-        ref.path,
-        matched.digest,
-        matched.format,
-        ref.strength("unet"),
-        ref.strength("text_encoder"),
-        matched.modules,
-        matched.unmatched,
-        matched.adapter.metadata,
+        path=ref.path,
+        digest=matched.digest,
+        format=matched.format,
+        unet_strength=ref.strength("unet"),
+        text_encoder_strength=ref.strength("text_encoder"),
+        matched_modules=matched.modules,
+        unmatched_keys=tuple(matched.reasons),
+        metadata=matched.adapter.metadata,
+        matched_keys=matched.keys,
+        reasons=matched.reasons,
+        rank=ref.rank,
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +16,70 @@ import safetensors.numpy
 
 from kiln.exporters.ldm_names import ldm_unet_module_map
 
+HERE = Path(__file__).parent
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def _load(name: str) -> Any:
+    """A file beside this one as a module; folders of tests are no packages."""
+    spec = importlib.util.spec_from_file_location(f"kiln_tests_adapters_{name}", HERE / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    """reference.py: every family in float64 numpy."""
+    return _load("reference")
+
+
+@pytest.fixture(scope="session")
+def cases() -> Any:
+    """cases.py: one module of every family."""
+    return _load("cases")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``case`` runs over every module of cases.py, ``additive_case`` over those that only add."""
+    for name, chosen in (("case", "CASES"), ("additive_case", "ADDITIVE")):
+        if name in metafunc.fixturenames and not any(
+            name in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+        ):
+            metafunc.parametrize(name, list(getattr(_load("cases"), chosen)))
+
+
+@pytest.fixture(scope="session")
+def bake_one(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``bake_one(weight, tensors, strength)``: a one-layer model's weight after one file, and the report."""
+    from kiln.exporters.adapters.base import AdapterRef
+    from kiln.exporters.adapters.plan import plan_bake
+
+    folder = tmp_path_factory.mktemp("one")
+
+    def bake(
+        weight: np.ndarray,
+        tensors: Mapping[str, np.ndarray],
+        strength: float = 1.0,
+        stem: str = "lora_unet_x",
+        bias: np.ndarray | None = None,
+        **request: Any,
+    ) -> Any:
+        path = folder / "one.safetensors"
+        safetensors.numpy.save_file({f"{stem}.{key}": v for key, v in tensors.items()}, path)
+        shapes = {"x.weight": weight.shape} | ({} if bias is None else {"x.bias": bias.shape})
+        with plan_bake({"unet": shapes}, [AdapterRef(path, strength, **request)]) as plan:
+            baked = plan.bake("unet", "x.weight", weight)
+            if bias is not None:
+                return baked, plan.bake("unet", "x.bias", bias), plan.reports[0]
+            return baked, plan.reports[0]
+
+    return bake
 
 
 @dataclass(frozen=True)
@@ -209,23 +272,21 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd1_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Tensor names and shapes of the real SD1, from the classes of diffusers and transformers."""
-    torch = pytest.importorskip("torch")
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def sd1_shapes() -> Any:
+    """Tensor names and shapes of the real SD1, by network."""
+    return _load("shapes").sd1()
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12
-            )
-        )
-    return {
-        network: {name: tuple(value.shape) for name, value in module.state_dict().items()}
-        for network, module in (("unet", unet), ("text_encoder", text))
-    }
+
+@pytest.fixture(scope="session")
+def sd2_shapes() -> Any:
+    """Those of the real SD2."""
+    return _load("shapes").sd2()
+
+
+@pytest.fixture(scope="session")
+def sdxl_shapes() -> Any:
+    """Those of the real SDXL with both text encoders."""
+    return _load("shapes").sdxl()
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def test_another_kind_is_named(save):
         ("sd-pokemon-model-lora_pytorch_lora_weights.safetensors", {"LoRA": 128}, "diffusers", {4: 128}),
         ("attn_procs_sd1.safetensors", {"LoRA": 128}, "diffusers attention processors", {4: 128}),
         ("analog_svd_rank4.safetensors", {"LoRA": 192}, "cloneofsimo", {4: 192}),
-        ("smart_falcon_16_lokr.safetensors", {"LoKr": 350}, "kohya", {}),
+        ("smart_falcon_16_lokr.safetensors", {"LoKr": 350}, "kohya", {16: 350}),
         ("peft_sd15_text_encoder", {"LoRA": 24}, "peft", {8: 24}),
     ],
 )

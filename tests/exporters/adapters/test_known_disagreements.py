@@ -1,0 +1,162 @@
+"""Where other packages are wrong, or disagree: each test shows what they do and what Kiln does instead.
+
+A package that mends its fault fails its test here; then it can serve as an oracle.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from kiln.benchmarks.parity import THRESHOLDS, relative_l2
+from kiln.exporters.adapters.base import AdapterRef
+
+torch = pytest.importorskip("torch")
+LIMIT = THRESHOLDS["baked_weight_relative_l2"]
+
+
+def tensor(value):
+    return torch.from_numpy(np.array(value, np.float32))
+
+
+@pytest.fixture
+def lycoris_merged():
+    pytest.importorskip("lycoris")
+    from lycoris.modules import get_module
+
+    def merged(weight, tensors, strength=1.0):
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.data.copy_(tensor(weight))
+        kind, parts = get_module({f"x.{key}": tensor(value) for key, value in tensors.items()}, "x")
+        with torch.no_grad():
+            module = kind.make_module_from_state_dict("x", layer, *parts)
+            return module.get_merged_weight(strength)[0].numpy().reshape(weight.shape)
+
+    return merged
+
+
+@pytest.mark.parametrize("name", ["LoHa", "LoKr"])
+def test_lycoris_merges_loha_and_lokr_with_the_square_of_their_scale(bake_one, cases, lycoris_merged, name):
+    weight, tensors = cases.make(name)
+    rank = len(tensors.get("hada_w1_b", tensors.get("lokr_w2_b")))
+    scale = float(tensors["alpha"]) / rank
+    actual, _ = bake_one(weight, tensors)
+    theirs = lycoris_merged(weight, tensors)
+    assert relative_l2(theirs - weight, scale * (actual - weight)) < 1e-5
+    assert relative_l2(theirs - weight, actual - weight) > 0.1
+
+
+@pytest.mark.parametrize("name", ["LoHa without alpha", "OFT", "IA3 on the inputs", "DoRA of the inputs"])
+def test_lycoris_cannot_make_some_modules_from_a_file(bake_one, cases, lycoris_merged, name):
+    """No alpha, IA3, and lengths of the inputs (its issues 187 and 216)."""
+    weight, tensors = cases.make(name)
+    bake_one(weight, tensors)
+    with pytest.raises((TypeError, RuntimeError)):
+        lycoris_merged(weight, tensors)
+
+
+def test_lycoris_cannot_load_the_first_lokr_files(shared, lycoris_merged):
+    from kiln.exporters.adapters.open import open_adapter
+
+    adapter = open_adapter(shared / "adapters" / "smart_falcon_4_lokr.safetensors")
+    module = next(m for m in adapter.modules if m.stem.endswith("layers_0_mlp_fc1"))
+    tensors = {name: adapter.source.read(key) for name, key in module.keys.items()}
+    adapter.source.close()
+    with pytest.raises((AttributeError, RuntimeError)):
+        lycoris_merged(np.zeros((3072, 768), np.float32), tensors)
+
+
+def test_lycoris_divides_a_tucker_lokr_by_its_width(bake_one, cases):
+    lokr = pytest.importorskip("lycoris.functional.lokr")
+    weight, tensors = cases.make("LoKr Tucker")
+    names = ("lokr_w1", "", "", "", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    parts = [tensor(tensors[name]) if name else None for name in names]
+    theirs = lokr.diff_weight(*parts, gamma=float(tensors["alpha"]), backend="torch").numpy()
+    actual, _ = bake_one(weight, tensors)
+    rank, width = tensors["lokr_w2_a"].shape
+    assert relative_l2(theirs.reshape(weight.shape) * width / rank, actual - weight) < 1e-5
+
+
+def test_lycoris_leaves_rescale_at_full_strength(bake_one, cases):
+    """Towards strength 0 its OFT is the rescaled weight; Kiln's is the weight, as in the webui."""
+    pytest.importorskip("lycoris")
+    from lycoris.modules.diag_oft import DiagOFTModule
+
+    weight, tensors = cases.make("OFT conv with rescale")
+    layer = torch.nn.Conv2d(20, 12, 3, bias=False)
+    layer.weight.data.copy_(tensor(weight))
+    made = DiagOFTModule.make_module_from_state_dict
+    with torch.no_grad():
+        module = made(
+            "x", layer, tensor(tensors["oft_blocks"]), tensor(tensors["rescale"]), torch.tensor(0.0)
+        )
+        full, half = (module.get_merged_weight(m)[0].numpy() for m in (1.0, 1e-6))
+    assert LIMIT.holds(relative_l2(bake_one(weight, tensors, 1.0)[0], full))
+    assert relative_l2(half, weight * tensors["rescale"]) < 1e-5
+    assert relative_l2(bake_one(weight, tensors, 1e-6)[0], weight) < 1e-5
+
+
+def attention(network, module):
+    return network == "unet" and ".attn" in module
+
+
+def fuse(tiny, tensors, strength=1.0):
+    pipeline = tiny.pipeline()
+    pipeline.load_lora_weights({k: torch.from_numpy(v.copy()) for k, v in tensors.items()})
+    pipeline.fuse_lora(lora_scale=strength)
+    return pipeline
+
+
+def distances(tiny, baked, fused, pipeline, path):
+    actual, theirs = baked(tiny, AdapterRef(path)), fused(pipeline)
+    return {key: relative_l2(theirs[key], actual[key]) for key in actual}
+
+
+def test_diffusers_mixes_up_ranks_without_alpha(tiny, make_lora, spell, save, baked, fused):
+    """Modules of one of the ranks get a scale of their own (its pull request 14409)."""
+    few = make_lora(lambda n, m: attention(n, m) and "mid_block" in m, rank=8, alpha=None)
+    many = make_lora(lambda n, m: attention(n, m) and "mid_block" not in m, rank=4, alpha=None)
+    tensors = spell("diffusers, peft suffixes", few + many)
+    apart = distances(tiny, baked, fused, fuse(tiny, tensors), save(tensors))
+    wrong = {key for key, value in apart.items() if not LIMIT.holds(value)}
+    groups = [{("unet", f"{factors.module}.weight") for factors in group} for group in (few, many)]
+    assert wrong in groups
+
+
+def test_diffusers_gives_modules_without_alpha_that_of_the_others(
+    tiny, make_lora, spell, save, baked, fused, with_alpha
+):
+    factors = make_lora(attention, alpha=1.0)
+    tensors = spell("kohya", with_alpha(factors[:3], None) + factors[3:])
+    apart = distances(tiny, baked, fused, fuse(tiny, tensors), save(tensors))
+    wrong = {key for key, value in apart.items() if not LIMIT.holds(value)}
+    assert wrong == {("unet", f"{f.module}.weight") for f in factors[:3]}
+
+
+def test_diffusers_applies_nothing_of_bare_attention_processors(tiny, make_lora, spell, save, baked, fused):
+    tensors = spell("bare attention processors", make_lora(attention, alpha=None))
+    pipeline = tiny.pipeline()
+    pipeline.load_lora_weights({k: torch.from_numpy(v.copy()) for k, v in tensors.items()})
+    theirs = fused(pipeline)
+    assert all(np.array_equal(theirs[n, k], v) for n, t in tiny.tensors.items() for k, v in t.items())
+    actual = baked(tiny, AdapterRef(save(tensors)))
+    assert any(not np.array_equal(actual[key], theirs[key]) for key in actual)
+
+
+def test_diffusers_drops_the_lengths_of_dora(tiny, make_lora, spell, save, baked, fused):
+    """It bakes a plain LoRA and warns (its pull request 9547)."""
+    factors = make_lora(attention, alpha=None)
+    tensors = spell("kohya", factors)
+    stems = {key.split(".")[0] for key in tensors}
+    sizes = {stem: len(tensors[f"{stem}.lora_up.weight"]) for stem in stems}
+    lengths = {f"{stem}.dora_scale": np.full((size, 1), 2, np.float32) for stem, size in sizes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = fused(fuse(tiny, tensors | lengths))
+    plain = baked(tiny, AdapterRef(save(tensors, "plain")))
+    actual = baked(tiny, AdapterRef(save(tensors | lengths)))
+    assert all(LIMIT.holds(relative_l2(theirs[key], plain[key])) for key in plain)
+    name = ("unet", f"{factors[0].module}.weight")
+    np.testing.assert_allclose(np.linalg.norm(actual[name], axis=1), 2, rtol=1e-5)
