@@ -10,6 +10,7 @@ from ..errors import CheckpointError
 from .checkpoints import Checkpoint
 from .families import identify_unet, require_readable
 from .parts import Entry, Part
+from .quantization.plan import INT8_PRECISIONS
 from .tensors import TensorFile
 
 
@@ -18,9 +19,14 @@ def bundle_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         BundleError: the bundle is damaged.
-        CheckpointError: a weights file is unreadable.
+        CheckpointError: a weights file is unreadable, or the weights are int8.
     """
     bundle = open_bundle(path)
+    if bundle.manifest.get("storage") in INT8_PRECISIONS:
+        raise CheckpointError(
+            f"{path} is an int8 bundle; int8 is made of the weights with all adapters added and never made "
+            "twice. Export the checkpoint it was made of"
+        )
     with ExitStack() as stack:
         parts: dict[str, Part] = {}
         for network, components in bundle_networks(bundle).items():

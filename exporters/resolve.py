@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -17,17 +19,25 @@ from pathlib import Path
 
 from .. import __version__
 from ..bundle import Bundle, file_sha256, is_bundle, open_bundle
-from ..cache import cache_folder
+from ..cache import cache_folder, keeps_nothing, private_folder
+from ..cache_locks import Claim, claim
+from ..cache_store import discard, enforce_limit
 from ..errors import AdapterError, BundleError, CheckpointError, StorageError, UsageError
 from .adapters.base import AdapterRef
 
 DEFAULT_MODEL = "emoji"
+_ATTEMPTS = 3  # each is lost only to another process that empties the cache at that moment
+
+log = logging.getLogger(__name__)
 _TAG = re.compile(r"<lora:([^:>]+)(?::([^>]*))?>")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """The bundle to run, and whether it was made just now."""
+    """The bundle to run, and whether it was made just now.
+
+    One that lies in the cache is not removed from there as long as ``bundle`` is referred to.
+    """
 
     bundle: Bundle
     made: bool
@@ -103,20 +113,48 @@ def _cached(
 ) -> Resolved:
     # Two processes that want the same model make it once; the lock dies with its process.
     with _lock(target):
-        damaged = False
-        if is_bundle(target):
-            try:
-                return Resolved(open_bundle(target), made=False)
-            except BundleError:
-                damaged = True
-        from .export import ExportSpec, bake, export
+        made = False
+        for _ in range(_ATTEMPTS):
+            opened = _open_claimed(target)
+            if opened is not None:
+                if made:
+                    enforce_limit()
+                return Resolved(opened, made)
+            from .export import ExportSpec, bake, export
 
-        name = bundle.name if bundle else path.stem
-        if bundle:
-            bake(bundle, target, adapters, name=name, overwrite=damaged)
-        else:
-            export(ExportSpec(path, target, adapters, storage, name=name, overwrite=damaged))
-        return Resolved(open_bundle(target), made=True)
+            name = bundle.name if bundle else path.stem
+            if bundle:
+                bake(bundle, target, adapters, name=name)
+            else:
+                export(ExportSpec(path, target, adapters, storage, name=name))
+            made = True
+        raise StorageError(f"{target} vanishes as soon as it is made; what else empties the cache?")
+
+
+def _open_claimed(target: Path) -> Bundle | None:
+    """The cached bundle, claimed for as long as it is referred to; None if there is none that is whole."""
+    held = claim(target)
+    if held is None:
+        return None
+    try:
+        bundle = open_bundle(target)
+    except BundleError as exc:
+        log.warning("a cached model is thrown away and made again: %s", exc)
+        held.release()
+        discard(target)
+        return None
+    except BaseException:
+        held.release()
+        raise
+    held.touch()
+    weakref.finalize(bundle, _give_up, held)
+    return bundle
+
+
+def _give_up(held: Claim) -> None:
+    held.release()
+    if keeps_nothing():
+        enforce_limit()
 
 
 @contextlib.contextmanager
@@ -125,7 +163,7 @@ def _lock(target: Path) -> Iterator[None]:
 
     lock = filelock.FileLock(f"{target}.lock")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(target.parent)
         lock.acquire()
     except OSError as exc:
         raise StorageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -193,3 +194,17 @@ def test_a_failed_bake_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None
     with pytest.raises(AdapterError, match="a text file"):
         bake(open_bundle(tiny_bundle), tmp_path / "out/b", (AdapterRef(tmp_path / "no.safetensors"),))
     assert [p.name for p in tmp_path.iterdir()] == ["no.safetensors"]
+
+
+def test_the_manifest_says_what_each_adapter_did(
+    tiny_bundle: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """And names no folder of the machine: a bundle is given to others."""
+    adapters = (AdapterRef(loras[0], 0.5), AdapterRef(loras[1], 1e4))
+    report = bake(open_bundle(tiny_bundle), tmp_path / "baked", adapters)
+    applied = open_bundle(tmp_path / "baked").manifest["applied"]
+    assert [row["matched_modules"] for row in applied] == [dict(a.matched_modules) for a in report.adapters]
+    assert all(row["changes"] and row["unmatched"] == {} for row in applied)
+    assert applied[0]["warnings"] == []
+    assert "times their own length" in applied[1]["warnings"][0]
+    assert str(loras[0].parent) not in json.dumps(applied)

@@ -1,0 +1,1 @@
+"""int8: quantized weights, quantized activations, their calibration, and the gate that measures them."""

@@ -1,0 +1,108 @@
+"""Measure the ranges of the UNet's activations on real denoising: prompts, all noise levels, guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...backends.base import Arrays
+from ...metrics import Threshold
+from .engines import open_graph
+from .limits import INT8_LIMITS
+from .observe import Observed, observing_graph, saturated_share
+from .qdq import Site
+from .quantize import ActivationRange
+from .trajectories import Compute, Work, denoise
+
+if TYPE_CHECKING:
+    from ...bundle import Bundle
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What was seen while denoising: the activations, and the inputs of every call with its output."""
+
+    observed: Observed
+    feeds: tuple[Arrays, ...]
+    outputs: tuple[np.ndarray, ...]
+
+
+def watch(bundle: Bundle, sites: Sequence[Site], work: Work) -> Watched:
+    """Denoise in fp32 and look at every tensor that the sites multiply with a weight.
+
+    Args:
+        bundle: weights as they are to be quantized, in floating point; a file is put beside them meanwhile.
+        sites: of its UNet.
+        work: what to draw.
+    """
+    import onnx
+
+    tensors = list(dict.fromkeys(site.activation for site in sites if site.activation))
+    observed = Observed(tensors)
+    feeds: list[Arrays] = []
+    outputs: list[np.ndarray] = []
+    source = bundle.source("unet")
+    path = source.graph_path.with_name("observing.onnx")
+    graph = observing_graph(onnx.load(source.graph_path, load_external_data=False), tensors)
+
+    def opener(shapes: Mapping[str, tuple[int, ...]]) -> Compute:
+        run = open_graph(graph, path, shapes, threads=work.threads)
+
+        def compute(given: Arrays) -> Mapping[str, np.ndarray]:
+            found = run(given)
+            observed.add(found)
+            feeds.append({name: array.copy() for name, array in given.items()})
+            outputs.append(found["out_sample"])
+            return {"out_sample": found["out_sample"]}
+
+        return compute
+
+    try:
+        denoise(bundle, work, opener)
+    finally:
+        path.unlink(missing_ok=True)
+    return Watched(observed, tuple(feeds), tuple(outputs))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well ranges cover a model they were not measured on.
+
+    ``saturated`` is the largest share of a tensor's values that is cut off, in ``saturated_tensor``;
+    ``ratio`` the largest quotient of an extreme that was seen and the bound of the range, in
+    ``ratio_tensor``.
+    """
+
+    saturated: float
+    saturated_tensor: str
+    ratio: float
+    ratio_tensor: str
+
+    def misfits(self, limits: Mapping[str, Threshold] = INT8_LIMITS) -> str | None:
+        """What is out of bounds, None when nothing is."""
+        if not limits["int8_saturated_share"].holds(self.saturated):
+            return (
+                f"{self.saturated:.2%} of the values of {self.saturated_tensor} lie outside of its range "
+                f"(limit {limits['int8_saturated_share'].limit:.2%})"
+            )
+        if not limits["int8_range_ratio"].holds(self.ratio):
+            return (
+                f"the values of {self.ratio_tensor} reach {self.ratio:.1f} times its range "
+                f"(limit {limits['int8_range_ratio'].limit:g})"
+            )
+        return None
+
+
+def measure_fit(ranges: Mapping[str, ActivationRange], observed: Observed) -> Fit:
+    """Compare ranges with what was seen of a model."""
+    shares, ratios = {}, {}
+    for tensor in observed.tensors:
+        given = ranges[tensor]
+        shares[tensor] = saturated_share(observed.samples(tensor), given)
+        seen = max(observed.highs[tensor], -observed.lows[tensor])
+        ratios[tensor] = seen / max(given.high, -given.low, float(np.finfo(np.float32).tiny))
+    worst_share, worst_ratio = max(shares, key=lambda t: shares[t]), max(ratios, key=lambda t: ratios[t])
+    return Fit(shares[worst_share], worst_share, ratios[worst_ratio], worst_ratio)

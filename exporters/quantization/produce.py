@@ -1,0 +1,252 @@
+"""Make an int8 bundle: calibrate if asked for, write it, measure it, and let it pass or not."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ...bundle import Bundle, open_bundle
+from ...errors import ParityError, UsageError
+from .calibrate import Fit, Watched, measure_fit, watch
+from .engines import open_graph
+from .gate import GATE_WORK, check_parity, measure_parity
+from .plan import FULL, Int8Plan, activation_sites, weight_sites
+from .qdq import Site
+from .sensitivity import (
+    SWITCHES,
+    coarse_group,
+    fine_group,
+    groups_to_keep,
+    measure_sensitivity,
+    switched_graph,
+)
+from .store import Calibration, check_calibration, kept_path, read_calibration, save_calibration
+from .trajectories import CALIBRATION_PROMPTS, Work, diagonal
+
+if TYPE_CHECKING:
+    import onnx
+
+log = logging.getLogger(__name__)
+
+# Error of the UNet's output by quantized activations that is aimed at, relative L2 over the trajectory, and
+# the share of the groups that may stay in higher precision for it.
+TARGET_ERROR = 0.012
+MOST_KEPT = 0.3
+# A network above this is measured by whole blocks and at fewer points: a run takes seconds.
+_LARGE = 200_000_000
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """How an int8 bundle is calibrated and judged.
+
+    ``calibration`` is a file made earlier, else the one of the bundle that is baked, else this machine's for
+    the checkpoint, else it is measured. ``recalibrate`` measures on the model at hand, adapters and all.
+    ``prompts`` are drawn to calibrate. ``gate`` measures the parity with fp32 and refuses what is below the
+    limits, or below ``min_parity`` in decibels of PSNR if that is given.
+    """
+
+    calibration: Path | None = None
+    recalibrate: bool = False
+    prompts: tuple[str, ...] = CALIBRATION_PROMPTS
+    steps: int = 8
+    size: int | None = None
+    gate: bool = True
+    min_parity: float | None = None
+
+    @property
+    def work(self) -> Work:
+        """What is drawn to calibrate."""
+        return Work(self.prompts, self.steps, self.size)
+
+
+class WriteFloat(Protocol):
+    """Writes the model in floating point into a folder, with its adapters or without."""
+
+    def __call__(self, folder: Path, *, adapted: bool) -> object: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to be made int8.
+
+    ``graphs`` are by component, ``fingerprint`` is the base checkpoint's and ``architecture`` the UNet's.
+    ``adapted`` says whether adapters change it. ``inherited`` is the calibration of the bundle being baked.
+    """
+
+    graphs: Mapping[str, onnx.ModelProto]
+    fingerprint: str
+    architecture: str
+    adapted: bool
+    write_float: WriteFloat
+    inherited: Calibration | None = None
+
+
+class Int8Work:
+    """One int8 bundle in the making: the plan first, then the judgement of what was written."""
+
+    def __init__(self, model: Model, precision: str, options: Int8Options, scratch: Path) -> None:
+        self.model, self.precision, self.options, self._scratch = model, precision, options, scratch
+        self._measured_here = False
+        self.fit: Fit | None = None
+
+    @cached_property
+    def plan(self) -> Int8Plan:
+        """What becomes int8; calibrates when there is no calibration yet.
+
+        Raises:
+            UsageError: the calibration given belongs to another checkpoint.
+            BackendUnavailable: no engine is here to calibrate with.
+        """
+        chosen = {c: weight_sites(c, graph) for c, graph in self.model.graphs.items()}
+        if self.precision != FULL:
+            return Int8Plan(self.precision, chosen)
+        if not chosen["unet"]:
+            raise UsageError("the UNet is too small for int8; export it as fp16")
+        return Int8Plan(self.precision, chosen, self._calibration(activation_sites(chosen["unet"])))
+
+    def judge(self, folder: Path) -> dict[str, Any]:
+        """Measure the bundle in ``folder``; what goes into its manifest.
+
+        Raises:
+            ParityError: it is too far from fp32, or the calibration does not fit the adapters.
+        """
+        facts: dict[str, Any] = {}
+        if not self.options.gate:
+            return facts
+        if self.plan.calibration is not None and self.model.adapted and not self._measured_here:
+            facts["fit"] = self._check_fit()
+        reference = self._float(adapted=self.model.adapted)
+        work = Work(GATE_WORK.prompts, GATE_WORK.steps, self.options.size)
+        found = measure_parity(reference, open_bundle(folder), work)
+        log.info("%s against fp32: %s", self.precision, found)
+        facts["parity"] = found.facts()
+        check_parity(found, self.precision, self.options.min_parity)
+        return facts
+
+    def _check_fit(self) -> dict[str, float]:
+        """Whether a calibration of the base fits the model with adapters, on a few steps of one prompt."""
+        calibration = self.plan.calibration
+        assert calibration is not None
+        used = self.plan.quantized_activations
+        work = Work(self.options.prompts[:1], min(4, self.options.steps), self.options.size)
+        self.fit = measure_fit(calibration.ranges, watch(self._float(adapted=True), used, work).observed)
+        misfit = self.fit.misfits()
+        if misfit and self.options.min_parity is None:
+            raise ParityError(f"the calibration of the base model does not fit: {misfit}; use --recalibrate")
+        return {"saturated_share": self.fit.saturated, "range_ratio": self.fit.ratio}
+
+    def _calibration(self, able: tuple[Site, ...]) -> Calibration:
+        model, given = self.model, self.options.calibration
+        if given is not None:
+            found = read_calibration(given)
+            check_calibration(found, model.architecture, model.fingerprint, str(given))
+            return found
+        kept = kept_path(model.architecture, model.fingerprint)
+        if self.options.recalibrate:
+            self._measured_here = True
+            return self._measure(able, adapted=model.adapted)
+        inherited = model.inherited
+        if inherited and (inherited.architecture, inherited.fingerprint) == (
+            model.architecture,
+            model.fingerprint,
+        ):
+            return inherited
+        cached = self._from_cache(kept)
+        if cached is not None:
+            return cached
+        made = self._measure(able, adapted=False)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the measuring next time
+            save_calibration(made, kept)
+        return made
+
+    def _asked(self) -> dict[str, object]:
+        """What the options say of the measuring; another answer is another calibration."""
+        work = self.options.work
+        return {"prompts": list(work.prompts), "steps": work.steps, "size": work.size}
+
+    def _from_cache(self, kept: Path) -> Calibration | None:
+        """This machine's calibration of the checkpoint, None if there is none that was measured as asked."""
+        if not kept.is_file():
+            return None
+        try:
+            found = read_calibration(kept)
+            check_calibration(found, self.model.architecture, self.model.fingerprint, str(kept))
+        except UsageError as exc:
+            log.warning("a cached calibration is thrown away and made again: %s", exc)
+            return None
+        asked = self._asked().items()
+        return found if all(found.facts.get(key) == value for key, value in asked) else None
+
+    def _measure(self, able: tuple[Site, ...], *, adapted: bool) -> Calibration:
+        bundle = self._float(adapted=adapted)
+        watched = watch(bundle, able, self.options.work)
+        ranges = watched.observed.ranges()
+        large = sum(int(np.prod(site.shape)) for site in able) > _LARGE
+        group_of = coarse_group if large else fine_group
+        errors, together, points = self._sensitivity(bundle, able, watched, 2 if large else 8)
+        kept = set(groups_to_keep(errors, TARGET_ERROR, MOST_KEPT))
+        return Calibration(
+            self.model.architecture,
+            self.model.fingerprint,
+            ranges,
+            tuple(site.weight for site in able if group_of(site.weight) in kept),
+            {group: float(f"{error:.4g}") for group, error in errors.items()},
+            {
+                **self._asked(),
+                "runs": len(watched.feeds),
+                "sample": list(np.shape(watched.feeds[0]["sample"])),
+                "points": points,
+                "error_all_quantized": float(f"{together:.4g}"),
+                "error_expected": float(
+                    f"{sum(e**2 for g, e in errors.items() if g not in kept) ** 0.5:.4g}"
+                ),
+                "adapted": adapted,
+            },
+        )
+
+    def _sensitivity(
+        self, bundle: Bundle, able: tuple[Site, ...], watched: Watched, count: int
+    ) -> tuple[dict[str, float], float, int]:
+        import onnx
+
+        graph_path = bundle.source("unet").graph_path
+        large = count < 8
+        graph, groups = switched_graph(
+            onnx.load(graph_path, load_external_data=False),
+            able,
+            watched.observed.ranges(),
+            coarse_group if large else fine_group,
+        )
+        places = diagonal(len(self.options.prompts), len(watched.feeds) // len(self.options.prompts), count)
+        points = [watched.feeds[i] for i in places]
+        shapes = {name: array.shape for name, array in points[0].items()} | {SWITCHES: (len(groups),)}
+        path = graph_path.with_name("switched.onnx")
+        try:
+            run = open_graph(graph, path, shapes)
+            errors, together = measure_sensitivity(run, groups, points, [watched.outputs[i] for i in places])
+        finally:
+            path.unlink(missing_ok=True)
+        return errors, together, len(points)
+
+    def _float(self, *, adapted: bool) -> Bundle:
+        folder = self._scratch / ("adapted" if adapted else "base")
+        if not folder.exists():
+            self.model.write_float(folder, adapted=adapted)
+        return open_bundle(folder)
+
+
+@contextlib.contextmanager
+def int8_work(output: Path, model: Model, precision: str, options: Int8Options) -> Iterator[Int8Work]:
+    """An ``Int8Work`` with room for the weights in floating point, beside ``output``; removed at the end."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.int8-", dir=output.parent) as scratch:
+        yield Int8Work(model, precision, options, Path(scratch))

@@ -1,0 +1,154 @@
+"""Which layers int8 hurts: quantize one group of activations at a time and see how far the output moves.
+
+One graph has all groups inside, each behind a switch that is an input: so the network is compiled once, and a
+group costs one run for each point of the trajectory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...backends.base import Arrays
+from ...metrics import relative_l2
+from .engines import Run
+from .qdq import Site
+from .quantize import ActivationRange
+
+if TYPE_CHECKING:
+    import onnx
+
+SWITCHES = "int8_switches"
+_BLOCK = re.compile(
+    r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
+)
+_LAYER = re.compile(r"\.(conv1|conv2|conv_shortcut|proj_in|proj_out|attn1|attn2|ff\.net\.0|ff\.net\.2)\b")
+
+
+def coarse_group(weight: str) -> str:
+    """The group of a weight in a large network: its resnet, attention block or resampling."""
+    block = _BLOCK.match(weight)
+    return block.group() if block else weight.removesuffix(".weight")
+
+
+def fine_group(weight: str) -> str:
+    """The group of a weight in a small network: the part of the block it belongs to."""
+    layer = _LAYER.search(weight)
+    stem = coarse_group(weight)
+    return f"{stem}.{layer.group(1)}" if _BLOCK.match(weight) and layer else stem
+
+
+def switched_graph(
+    graph: onnx.ModelProto,
+    sites: Sequence[Site],
+    ranges: Mapping[str, ActivationRange],
+    group_of: Callable[[str], str] = fine_group,
+) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy of a graph whose sites see ``x + switch * (uint8(x) - x)``; and the groups, one for each switch.
+
+    The rounding is written out instead of as ``QuantizeLinear``, so that no engine makes int8 kernels of it.
+    """
+    import onnx
+    from onnx import helper
+
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
+    groups = list(dict.fromkeys(group_of(site.weight) for site in sites if site.activation in ranges))
+    made.graph.input.append(helper.make_tensor_value_info(SWITCHES, onnx.TensorProto.FLOAT, [len(groups)]))
+    wanted = {s.node: (s.activation, group_of(s.weight)) for s in sites if s.activation in ranges}
+    done: set[tuple[str, str]] = set()
+    nodes: list[onnx.NodeProto] = []
+    for node in made.graph.node:
+        if node.name in wanted:
+            tensor, group = wanted[node.name]
+            index = groups.index(group)
+            if tensor is not None:
+                if (tensor, group) not in done:
+                    done.add((tensor, group))
+                    nodes += _switched(made, tensor, index, ranges[tensor])
+                node.input[0] = f"{tensor}__switched_{index}"
+        nodes.append(node)
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    return made, groups
+
+
+def _switched(
+    graph: onnx.ModelProto, tensor: str, index: int, given: ActivationRange
+) -> list[onnx.NodeProto]:
+    import onnx
+    from onnx import helper
+
+    stem = f"{tensor}__switched_{index}"
+    zero = given.zero_point
+    constants = {
+        f"{stem}_index": np.array(index, np.int64),
+        f"{stem}_scale": np.array(given.scale, np.float32),
+        f"{stem}_least": np.array(-zero, np.float32),
+        f"{stem}_most": np.array(255 - zero, np.float32),
+    }
+    graph.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in constants.items())
+    steps = [
+        ("Div", [tensor, f"{stem}_scale"], "steps"),
+        ("Round", [f"{stem}_steps"], "rounded"),
+        ("Clip", [f"{stem}_rounded", f"{stem}_least", f"{stem}_most"], "cut"),
+        ("Mul", [f"{stem}_cut", f"{stem}_scale"], "again"),
+        ("Sub", [f"{stem}_again", tensor], "moved"),
+        ("Gather", [SWITCHES, f"{stem}_index"], "switch"),
+        ("Mul", [f"{stem}_moved", f"{stem}_switch"], "share"),
+    ]
+    nodes = [helper.make_node(op, inputs, [f"{stem}_{name}"]) for op, inputs, name in steps]
+    return [*nodes, helper.make_node("Add", [tensor, f"{stem}_share"], [stem])]
+
+
+def measure_sensitivity(
+    run: Run, groups: Sequence[str], points: Sequence[Arrays], targets: Sequence[np.ndarray]
+) -> tuple[dict[str, float], float]:
+    """The error of the UNet's output with one group quantized, for every group; and with all of them.
+
+    Args:
+        run: an opened ``switched_graph``.
+        groups: as that gave them.
+        points: inputs on the trajectory.
+        targets: the outputs in fp32 at these.
+
+    Returns:
+        Root mean square over the points of the relative L2 error, by group, largest first; the same for all.
+    """
+
+    def error(switches: np.ndarray) -> float:
+        errors = [
+            relative_l2(run({**feeds, SWITCHES: switches})["out_sample"], target)
+            for feeds, target in zip(points, targets, strict=True)
+        ]
+        return float(np.sqrt(np.mean(np.square(errors))))
+
+    alone = {
+        group: error(row) for group, row in zip(groups, np.eye(len(groups), dtype=np.float32), strict=True)
+    }
+    together = error(np.ones(len(groups), np.float32))
+    return dict(sorted(alone.items(), key=lambda item: -item[1])), together
+
+
+def groups_to_keep(errors: Mapping[str, float], target: float, most: float) -> list[str]:
+    """The groups to leave in higher precision, the worst first, until the rest is expected to reach a target.
+
+    Errors of different groups are taken as independent, so their squares add up.
+
+    Args:
+        errors: by group.
+        target: relative L2 of the output that is aimed at.
+        most: the share of the groups that may be left out at most.
+    """
+    ordered = sorted(errors, key=lambda group: -errors[group])
+    left = sum(error**2 for error in errors.values())
+    kept: list[str] = []
+    for group in ordered[: int(len(ordered) * most)]:
+        if left <= target**2:
+            break
+        kept.append(group)
+        left -= errors[group] ** 2
+    return kept
