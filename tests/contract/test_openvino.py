@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kiln.backends import cpu, openvino_cpu, registry
+from kiln.backends import cpu, openvino_backend, openvino_compile, openvino_devices, registry
 from kiln.backends.base import PrepareOptions
 from kiln.backends.engine import parse_version
 from kiln.benchmarks.parity import THRESHOLDS, relative_l2
@@ -45,7 +45,7 @@ def test_bf16_computes_in_bf16(graph_case: Any, feeds: Any) -> None:
 def test_precision_that_the_processor_lacks(
     graph_case: Any, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_cpu, "_precisions", lambda core: ("fp32",))
+    monkeypatch.setattr(openvino_backend, "precisions", lambda core, device: ("fp32",))
     with pytest.raises(
         SessionError, match=f"does not compute in {precision} on this processor; use auto or one of fp32"
     ):
@@ -58,11 +58,10 @@ def test_a_precision_that_is_not_honoured_is_an_error(graph_case: Any) -> None:
         BACKEND.prepare(graph_case.source, replace(FP32, extra={"INFERENCE_PRECISION_HINT": "bf16"}))
 
 
-def test_device_that_openvino_may_see_but_kiln_does_not_test(graph_case: Any) -> None:
-    with pytest.raises(
-        BackendUnavailable, match=r"runs on CPU only, got 'GPU' \(OpenVINO itself sees: .*CPU"
-    ):
-        BACKEND.prepare(graph_case.source, replace(FP32, device="GPU"))
+@pytest.mark.parametrize("device", ["GPU.7", "HETERO:GPU,CPU", "AUTO:CPU", "TPU"])
+def test_a_device_that_is_not_there(graph_case: Any, device: str) -> None:
+    with pytest.raises(BackendUnavailable, match=r"asked for the device .*, but OpenVINO sees .*CPU"):
+        BACKEND.prepare(graph_case.source, replace(FP32, device=device))
     assert BACKEND.prepare(graph_case.source, replace(FP32, device="cpu")).in_force.device == "CPU"
 
 
@@ -75,13 +74,13 @@ def test_properties_pass_through_and_are_in_the_key(graph_case: Any, tmp_path: P
 
 
 def test_container_quota_limits_the_threads(graph_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_cpu, "threads_are_limited", lambda: True)
-    monkeypatch.setattr(openvino_cpu, "usable_cores", lambda: 1)
+    monkeypatch.setattr(openvino_devices, "threads_are_limited", lambda: True)
+    monkeypatch.setattr(openvino_devices, "usable_cores", lambda: 1)
     assert BACKEND.prepare(graph_case.source, PrepareOptions()).in_force.threads == 1
 
 
 weightless = pytest.mark.skipif(
-    parse_version(BACKEND.probe().version) < openvino_cpu.WEIGHTLESS_SINCE,
+    parse_version(BACKEND.probe().version) < openvino_compile.WEIGHTLESS_SINCE,
     reason="this OpenVINO keeps weights in its compiled models",
 )
 

@@ -1,0 +1,141 @@
+"""Read a graph into OpenVINO, lower it, compile it; or take what was compiled before from the cache."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SessionError
+from .base import GraphSource, PrepareOptions
+from .compiled_cache import CompiledCache, cache_key
+from .cpu import describe_cpu
+from .engine import parse_version
+from .errors_map import engine_errors, one_line
+from .mapped_pages import release_pages, releasing_pages
+from .openvino_devices import CPU, HINT, kind_of
+from .openvino_engine import NAME, version
+from .openvino_guidance import share_before_prompt
+from .openvino_storage import keep_storage_type
+from .openvino_timestep import cut_timestep
+from .openvino_upsample import multiply_before_upsampling
+from .session import check_port_names
+
+# 2026.2.1 and 2026.3.1 write such entries of an ONNX file too, but refuse to read them back.
+WEIGHTLESS_SINCE = (2026, 4)
+
+# Raised when a lowering changes, or what is asked of the engine, so that old entries are not used.
+CACHE_VERSION = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled, and for what.
+
+    ``shared_sample`` says that both halves of the batch have the same ``sample``, as under guidance, and
+    ``must_share`` that it is an error if the graph is not of the form that can use it.
+    """
+
+    source: GraphSource
+    options: PrepareOptions
+    device: str
+    properties: dict[str, object]
+    shared_sample: bool = False
+    must_share: bool = False
+
+
+def compiled_model(core: Any, plan: Plan) -> tuple[Any, bool]:
+    """The compiled model, and whether it came from the cache.
+
+    Raises:
+        SessionError: OpenVINO refuses the graph, a shape or a property.
+    """
+    properties = plan.properties | _weightless(plan)
+    if plan.options.cache_dir is None:
+        return _compile(core, plan, properties), False
+    kept = CompiledCache(plan.options.cache_dir / NAME)
+    key = _key(core, plan, properties)
+    blob = kept.load(key)
+    if blob is not None:
+        try:
+            compiled = core.import_model(blob, plan.device, properties)
+        except Exception as error:  # whatever the engine has against it, compiling again is right
+            kept.remove(key, one_line(error))
+        else:
+            release_pages(plan.source.weights_path)
+            return compiled, True
+    compiled = _compile(core, plan, properties)
+    with engine_errors(NAME, f"saving the compiled {plan.source.component}"):
+        exported = compiled.export_model()
+    kept.store(key, exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported))
+    return compiled, False
+
+
+def _weightless(plan: Plan) -> dict[str, object]:
+    """Properties that keep weights out of the cache: the blob then points into ``weights.safetensors``.
+
+    For Stable Diffusion 1.5 an entry has 70 MB in place of 1.7 GB, for each LoRA and size: 4 MB of program,
+    and the three kernels that ``openvino_upsample`` rearranges. Only the processor's plugin is known to read
+    such entries back.
+    """
+    if kind_of(plan.device) != CPU or parse_version(version()) < WEIGHTLESS_SINCE:
+        return {}
+    return {"CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(plan.source.weights_path)}
+
+
+def _key(core: Any, plan: Plan, properties: dict[str, object]) -> Any:
+    """Everything a compiled model depends on. Where the weights lie is no part of that, what they are is."""
+    cpu = describe_cpu()
+    return cache_key(
+        {
+            "cache": CACHE_VERSION,
+            "component": plan.source.component,
+            "digest": plan.source.digest,
+            "shapes": {name: list(shape) for name, shape in plan.options.shapes.items()},
+            "properties": {name: value for name, value in properties.items() if name != "WEIGHTS_PATH"},
+            "shared_sample": plan.shared_sample,
+            "engine": version(),
+            # A virtual machine often calls different processors by one name; the flags tell them apart.
+            "device": [
+                plan.device,
+                core.get_property(plan.device, "FULL_DEVICE_NAME"),
+                cpu.name,
+                cpu.flags,
+                cpu.threads,
+            ],
+        }
+    )
+
+
+def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Any:
+    source, options = plan.source, plan.options
+    if not source.graph_path.is_file():
+        raise SessionError(f"the graph {source.graph_path} is not there; export the bundle again")
+    with engine_errors(NAME, f"reading {source.component}"):
+        model = core.read_model(source.graph_path)
+    check_port_names(
+        source.component, [port.any_name for port in model.inputs], [port.any_name for port in model.outputs]
+    )
+    if options.shapes:
+        with engine_errors(NAME, f"fixing the shapes of {source.component}"):
+            model.reshape({name: list(shape) for name, shape in options.shapes.items()})
+    with engine_errors(NAME, f"lowering {source.component}"):
+        lower(model, plan)
+    # Only here, where ``model`` keeps the file mapped: see ``releasing_pages``.
+    with engine_errors(NAME, f"compiling {source.component}"), releasing_pages(source.weights_path):
+        return core.compile_model(model, plan.device, properties)
+
+
+def lower(model: Any, plan: Plan) -> None:
+    """Everything that is rewritten before OpenVINO compiles a model, in this order; changes it in place.
+
+    Raises:
+        SessionError: halves of the batch are to be shared, but the graph is not of the form that allows it.
+    """
+    if plan.source.component == "unet" and plan.properties["INFERENCE_PRECISION_HINT"] != HINT["fp32"]:
+        cut_timestep(model)
+    if plan.shared_sample and not share_before_prompt(model) and plan.must_share:
+        raise SessionError("SHARED_SAMPLE needs a UNet with fixed shapes and an even batch")
+    if kind_of(plan.device) == CPU and not model.is_dynamic():  # measured on processors only
+        multiply_before_upsampling(model)
+    keep_storage_type(model)
