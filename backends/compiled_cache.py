@@ -2,6 +2,10 @@
 
 Engines have caches too, but theirs do not notice that the weights changed, and a damaged entry loads and
 computes NaN. Here the key holds everything the result depends on, and a SHA-256 lies beside each entry.
+
+What an engine compiled is code. The checksum tells damage, not malice: who can write here can write a
+checksum too. So the folders are closed to other users (0700), and what another user owns or could have
+written is not loaded.
 """
 
 from __future__ import annotations
@@ -13,8 +17,16 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, Self
+
+from ..cache import cache_root, keeps_nothing, private_folder, untrusted
+from ..cache_locks import claim
+from ..cache_store import discard, enforce_limit, write_facts
+from .engine_folder import EngineFolder, engine_folder
 
 BLOB = "model.blob"
 CHECKSUM = "model.blob.sha256"
@@ -23,18 +35,44 @@ _STALE_AFTER = 3600.0  # seconds; nobody writes an entry for an hour
 
 log = logging.getLogger(__name__)
 
+# For whom something is compiled: not in the key, only in what ``kiln cache list`` says.
+_owner: ContextVar[str] = ContextVar("_owner", default="")
 
-def cache_key(facts: Mapping[str, object]) -> str:
+
+class CacheKey(str):
+    """A key that remembers what it is the digest of."""
+
+    facts: Mapping[str, object]
+
+    def __new__(cls, digest: str, facts: Mapping[str, object]) -> Self:
+        """Attach the facts."""
+        key = super().__new__(cls, digest)
+        key.facts = facts
+        return key
+
+
+def cache_key(facts: Mapping[str, object]) -> CacheKey:
     """SHA-256 of what a compiled model depends on, as 64 hex digits; the order of ``facts`` is irrelevant."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return CacheKey(hashlib.sha256(text.encode()).hexdigest(), facts)
+
+
+@contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Note ``name``, the bundle's, with what is compiled inside."""
+    token = _owner.set(name)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
 
 
 class CompiledCache:
-    """Entries under ``folder/<key>/``.
+    """Entries under ``folder/<key>/``; the folder's name is the backend's.
 
     A cache that cannot be read or written never stops a run: the model is compiled as if there were no
-    cache, and a warning is logged.
+    cache, and a warning is logged. Below ``cache.cache_root()`` the limit of the cache holds; elsewhere the
+    caller sees to the size.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,28 +81,44 @@ class CompiledCache:
     def load(self, key: str) -> bytes | None:
         """The bytes kept under a key, None if there are none; a damaged entry is removed."""
         entry = self._folder / key
-        try:
-            blob = (entry / BLOB).read_bytes()
-            recorded = (entry / CHECKSUM).read_text(errors="replace").strip()
-        except FileNotFoundError:
-            if entry.exists():
+        held = claim(entry)
+        if held is None:
+            return None
+        with held:
+            why = untrusted(self._folder) or untrusted(entry)
+            if why:
+                self.remove(key, why)
+                return None
+            try:
+                blob = (entry / BLOB).read_bytes()
+                recorded = (entry / CHECKSUM).read_text(errors="replace").strip()
+            except FileNotFoundError:
                 self.remove(key, "it is incomplete")
-            return None
-        except OSError as error:
-            log.warning("the compiled model in %s cannot be read: %s", entry, error.strerror)
-            return None
-        if hashlib.sha256(blob).hexdigest() != recorded:
-            self.remove(key, "its checksum is wrong")
-            return None
-        return blob
+                return None
+            except OSError as error:
+                log.warning("the compiled model in %s cannot be read: %s", entry, error.strerror)
+                return None
+            if hashlib.sha256(blob).hexdigest() != recorded:
+                self.remove(key, "its checksum is wrong")
+                return None
+            held.touch()
+            return blob
 
     def store(self, key: str, blob: bytes) -> bool:
         """Keep bytes under a key; whether that worked. Readers see the whole entry or none."""
+        if self._is_ours() and keeps_nothing():
+            return False
         partial = self._folder / f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}"
         try:
-            partial.mkdir(parents=True)
+            private_folder(self._folder)
+            why = untrusted(self._folder)
+            if why:
+                log.warning("the compiled model is not kept: %s", why)
+                return False
+            partial.mkdir(mode=0o700)
             _write(partial / BLOB, blob)
             _write(partial / CHECKSUM, hashlib.sha256(blob).hexdigest().encode() + b"\n")
+            write_facts(partial, self._facts(key))
             os.rename(partial, self._folder / key)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -73,12 +127,26 @@ class CompiledCache:
             log.warning("the compiled model cannot be kept in %s: %s", self._folder, error.strerror)
             return False
         self._sweep()
+        if self._is_ours():
+            enforce_limit()
         return True
+
+    def engine_folder(self, key: str) -> AbstractContextManager[EngineFolder]:
+        """A folder for the files of an engine that keeps its own; see ``engine_folder.engine_folder``."""
+        return engine_folder(self._folder, key, self._facts(key), limited=self._is_ours())
 
     def remove(self, key: str, why: str) -> None:
         """Throw an entry away and say why."""
         log.warning("the compiled model in %s is thrown away and made again: %s", self._folder / key, why)
-        shutil.rmtree(self._folder / key, ignore_errors=True)
+        discard(self._folder / key)
+
+    def _is_ours(self) -> bool:
+        return self._folder.is_relative_to(cache_root())
+
+    def _facts(self, key: str) -> dict[str, Any]:
+        """What is noted beside an entry."""
+        known = dict(key.facts) if isinstance(key, CacheKey) else {}
+        return {"bundle": _owner.get(), "backend": self._folder.name, "made": time.time(), **known}
 
     def _sweep(self) -> None:
         """Remove what killed processes left behind."""
@@ -92,6 +160,7 @@ class CompiledCache:
 
 def _write(path: Path, data: bytes) -> None:
     with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), 0o600)
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kiln.backends import compiled_cache
-from kiln.backends.compiled_cache import CompiledCache, cache_key
+from kiln.backends.compiled_cache import CompiledCache, cache_key, compiling_for
+from kiln.cache_store import entries, prune, read_facts
 
 KEY = "k" * 64
 
@@ -90,3 +91,89 @@ def test_leftovers_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(compiled_cache, "_STALE_AFTER", -1.0)
     cache.store("other", b"compiled")
     assert names(tmp_path) == [KEY, "other"]
+
+
+def test_entries_are_private(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path / "openvino")
+    cache.store(KEY, b"compiled")
+    assert (tmp_path / "openvino").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "openvino" / KEY).stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "openvino" / KEY / "model.blob").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("which", ["entry", "folder", "link"])
+def test_what_others_could_have_written_is_not_loaded(
+    tmp_path: Path, which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = CompiledCache(tmp_path / "openvino")
+    cache.store(KEY, b"compiled")
+    entry = tmp_path / "openvino" / KEY
+    if which == "link":
+        entry.rename(tmp_path / "elsewhere")
+        entry.symlink_to(tmp_path / "elsewhere")
+    else:
+        (entry if which == "entry" else entry.parent).chmod(0o777)
+    assert cache.load(KEY) is None
+    assert "is thrown away and made again" in caplog.text
+    assert cache.store(KEY, b"compiled")
+    assert cache.load(KEY) == b"compiled"
+
+
+def test_the_key_remembers_its_facts_and_the_entry_notes_them(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path / "openvino")
+    key = cache_key({"component": "unet", "shapes": {"sample": (2, 4, 16, 16)}, "where": Path("a")})
+    assert key == str(key)
+    assert key.facts["component"] == "unet"
+    with compiling_for("emoji"):
+        cache.store(key, b"compiled")
+    cache.store(KEY, b"compiled")  # a plain text is a key too
+    facts = read_facts(tmp_path / "openvino" / key)
+    assert (facts["bundle"], facts["backend"], facts["component"]) == ("emoji", "openvino", "unet")
+    assert facts["shapes"] == {"sample": [2, 4, 16, 16]}
+    assert read_facts(tmp_path / "openvino" / KEY)["bundle"] == ""
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledCache:
+    """Below the cache's root, where its limit holds."""
+    monkeypatch.setenv("KILN_CACHE", str(tmp_path))
+    return CompiledCache(tmp_path / "compiled/openvino")
+
+
+def test_limit(inside: CompiledCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILN_CACHE_LIMIT", "3kB")
+    for number in range(4):
+        assert inside.store(cache_key({"n": number}), bytes(1000))
+        assert inside.load(cache_key({"n": 0})) is not None  # the first is used all the time
+        for entry in entries():
+            if entry.facts["n"] != 0:
+                os.utime(entry.path, (entry.facts["n"],) * 2)
+    assert sorted(entry.facts["n"] for entry in entries()) == [0, 3]
+
+
+def test_a_limit_of_nothing_keeps_nothing(inside: CompiledCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILN_CACHE_LIMIT", "0")
+    assert not inside.store(KEY, b"compiled")
+    assert entries() == []
+
+
+def test_elsewhere_the_limit_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KILN_CACHE_LIMIT", "0")
+    assert CompiledCache(tmp_path / "own").store(KEY, b"compiled")
+    assert CompiledCache(tmp_path / "own").load(KEY) == b"compiled"
+
+
+def test_an_entry_that_is_read_is_not_pruned_halfway(
+    inside: CompiledCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = cache_key({"n": 1})
+    inside.store(key, b"compiled")
+    real = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        assert prune(everything=True).in_use
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    assert inside.load(key) == b"compiled"
