@@ -15,8 +15,18 @@ from .base import Availability, Backend
 
 AUTO = "auto"
 
-# The order in which ``auto`` tries: fastest first.
-AUTO_ORDER = ("openvino", "onnxruntime", "torch")
+# The order in which ``auto`` tries: fastest first. TensorRT is for those who ask for it: compiling takes
+# minutes, even for one image. OpenVINO as a plug-in adds nothing to ``openvino``.
+AUTO_ORDER = (
+    "onnxruntime-cuda",
+    "torch:cuda",
+    "torch:rocm",
+    "onnxruntime-migraphx",
+    "openvino",
+    "onnxruntime-webgpu",
+    "onnxruntime",
+    "torch",
+)
 
 _BACKENDS: dict[str, str] = {}
 
@@ -43,9 +53,14 @@ def register(name: str, target: str) -> None:
 
 
 register("null", ".null:NullBackend")
-register("torch", ".torch_reference:TorchBackend")
-register("openvino", ".openvino_cpu:OpenVINOBackend")
+register("torch", ".torch_backend:TorchBackend")
+register("openvino", ".openvino_backend:OpenVINOBackend")
 register("onnxruntime", ".onnxruntime_cpu:ONNXRuntimeBackend")
+register("onnxruntime-cuda", ".onnxruntime_cuda:CUDABackend")
+register("onnxruntime-tensorrt", ".onnxruntime_tensorrt:TensorRTBackend")
+register("onnxruntime-migraphx", ".onnxruntime_migraphx:MIGraphXBackend")
+register("onnxruntime-openvino", ".onnxruntime_openvino:OpenVINOPluginBackend")
+register("onnxruntime-webgpu", ".onnxruntime_webgpu:WebGPUBackend")
 
 
 def names() -> tuple[str, ...]:
@@ -83,29 +98,15 @@ def parse_backend(text: str) -> tuple[str, str]:
     return name, device or AUTO
 
 
-def choose_backend(name: str = AUTO) -> Backend:
-    """The backend to use: the one named, or for ``auto`` the first of ``AUTO_ORDER`` that works.
-
-    A backend that is named is never replaced by another one.
+def require_usable(backend: Backend) -> None:
+    """Check that a backend can be used; one that is named is never replaced by another. Loads its engine.
 
     Raises:
-        UsageError: no such backend.
-        BackendUnavailable: it is not there; for ``auto``, none is, and the text gives every reason.
+        BackendUnavailable: it is not there, and why.
     """
-    if name != AUTO:
-        backend = get_backend(name)
-        reason = why_unusable(backend)
-        if reason:
-            raise BackendUnavailable(f"the backend {name} cannot be used: {reason}")
-        return backend
-    reasons = []
-    for candidate in AUTO_ORDER:
-        backend = get_backend(candidate)
-        reason = why_unusable(backend)
-        if not reason:
-            return backend
-        reasons.append(f"{candidate}: {reason}")
-    raise BackendUnavailable(f"no backend can be used here. {'; '.join(reasons)}")
+    reason = why_unusable(backend)
+    if reason:
+        raise BackendUnavailable(f"the backend {backend.name} cannot be used: {reason}")
 
 
 def why_unusable(backend: Backend) -> str:
