@@ -23,6 +23,7 @@ from .errors import (
     GraphError,
     InvalidOutputError,
     KilnError,
+    ParityError,
     SessionError,
     StorageError,
     UsageError,
@@ -41,8 +42,9 @@ from .exporters.resolve import (
 )
 from .runtime.events import Event, ImageReady, PhaseFinished, PhaseStarted, Record, StepFinished, Warned
 from .runtime.images import read_parameters, save_png
-from .runtime.pipeline import Pipeline, Settings
+from .runtime.pipeline import Pipeline
 from .runtime.request import Request
+from .runtime.settings import Settings
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -64,6 +66,7 @@ __all__ = [
     "InForce",
     "InvalidOutputError",
     "KilnError",
+    "ParityError",
     "PhaseFinished",
     "PhaseStarted",
     "Pipeline",

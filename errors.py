@@ -10,6 +10,7 @@ KilnError
 ├── BackendError
 │   ├── BackendUnavailable    the engine or device is not there
 │   └── SessionError          the engine refused a graph or failed while running
+├── ParityError           an int8 bundle is too far from the same weights in fp32
 └── InvalidOutputError    a network gave NaN, or the image is flat
 
 A message says what was received, what was expected and what to do about it. The command line
@@ -61,6 +62,10 @@ class BackendUnavailable(BackendError):
 
 class SessionError(BackendError):
     """The engine refused a graph or failed while running it."""
+
+
+class ParityError(KilnError):
+    """Something was measured against fp32 and is too far from it; the text has the figures."""
 
 
 class InvalidOutputError(KilnError):

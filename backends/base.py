@@ -70,7 +70,11 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class InForce:
-    """What the engine says it uses, read back after ``prepare``; never what was asked for."""
+    """What the engine says it uses, read back after ``prepare``; never what was asked for.
+
+    ``settings`` holds what else the engine reports of its options, and environment variables that override
+    them, by the engine's own names.
+    """
 
     backend: str
     version: str
@@ -79,6 +83,7 @@ class InForce:
     precision: str
     threads: int
     from_cache: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 class Session(Protocol):

@@ -6,6 +6,7 @@ engine refused an argument, whereas one from our own code is a bug and has to st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,8 +43,26 @@ _BUILTIN: tuple[tuple[type[Exception], type[BackendError]], ...] = (
     (OSError, SessionError),
 )
 
-_OUT_OF_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "can't allocate memory")
+# Also what CUDA's libraries, HIP and MIGraphX call it.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "failed to allocate",
+    "bad_alloc",
+    "can't allocate memory",
+    "status_alloc_failed",
+    "hiperroroutofmemory",
+    "memory not available",
+)
+# What providers say when a library or the device is not there, or went away: numbers are CUDA's and HIP's.
+_NOT_HERE = re.compile(
+    r"(CUDA|HIP) failure (35|100|101|700|719)\b|no (CUDA|ROCm)-capable device|Failed to get a WebGPU adapter"
+    r"|Failed to load library|Please install TensorRT libraries"
+)
 _LINE_LIMIT = 300
+# ONNX Runtime puts a source position, and the signature of the function in it, before what happened.
+_POSITION = re.compile(r"/\S+\.(cc|cpp|cu|h|hpp):\d+ ")
+_STATUS = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS|HIP|MIOPEN) failure \d+: ")
 
 
 def kiln_class(error: BaseException) -> type[BackendError] | None:
@@ -67,9 +86,22 @@ def one_line(error: BaseException) -> str:
         if line and not line.startswith(("Exception from ", "Check '")):
             kept.append(line)
     text = " ".join(" ".join(kept).split()) or type(error).__name__
-    if text.startswith("[ONNXRuntimeError]"):  # "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : what happened"
-        text = text.split(" : ", 3)[-1]
+    text = _without_position(text)
     return text if len(text) <= _LINE_LIMIT else text[: _LINE_LIMIT - 3] + "..."
+
+
+def _without_position(text: str) -> str:
+    """``/a/b.cc:7 void f() [ONNXRuntimeError] : 2 : INVALID_ARGUMENT : bad`` becomes ``bad``.
+
+    Errors are wrapped in errors, so the last mark counts. Without one, what follows a signature cannot be
+    told from it, and only the path goes.
+    """
+    for mark in (_FAILURE, _STATUS):
+        found = list(mark.finditer(text))
+        if found:
+            text = text[found[-1].start() if mark is _FAILURE else found[-1].end() :]
+            break
+    return _POSITION.sub("", text).partition(" ; GPU=")[0]
 
 
 @contextmanager
@@ -93,6 +125,8 @@ def engine_errors(engine: str, action: str) -> Iterator[None]:
         if ours is None:
             raise
         line = one_line(error)
+        if _NOT_HERE.search(line):
+            ours = BackendUnavailable
         if isinstance(error, MemoryError) or any(mark in line.lower() for mark in _OUT_OF_MEMORY):
             line = f"out of memory ({line}); use a smaller size or batch, or close other programs"
         raise ours(f"{engine} failed while {action}: {line}") from error

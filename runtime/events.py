@@ -8,12 +8,12 @@ import numpy as np
 
 from ..backends.base import InForce
 
-PHASES = ("load", "encode", "denoise", "decode")
+PHASES = ("choose", "load", "encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase began: load (a component), encode (the prompt), denoise, decode."""
+    """A phase began: choose (a backend), load (a component), encode (the prompt), denoise, decode."""
 
     phase: str
     detail: str = ""
@@ -42,13 +42,14 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class Record:
-    """How an image came to be: what the PNG says, and what was really in force."""
+    """How an image came to be: what the PNG says, what was really in force, and why ``auto`` chose it."""
 
     seed: int
     width: int
     height: int
     parameters: str
     in_force: dict[str, InForce] = field(default_factory=dict)
+    choice: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,12 +13,11 @@ from typing import Self
 import numpy as np
 
 from .. import __version__
-from ..backends.base import Backend, PrepareOptions, Session
-from ..backends.registry import choose_backend, parse_backend
+from ..backends.base import Session
 from ..bundle import Bundle, open_bundle
-from ..cache import cache_folder
 from ..components import CONTRACTS
 from ..errors import UsageError
+from .choosing import unet_shapes, unet_work
 from .denoiser import GuidedDenoiser
 from .events import Event, ImageReady, PhaseFinished, PhaseStarted, Record, StepFinished, Warned
 from .images import check_finite, check_images, to_uint8
@@ -27,34 +26,12 @@ from .noise import make_generators, make_noise_sampler
 from .request import Request
 from .samplers import resolve_sampler
 from .schedules import NoiseSchedule, resolve_schedule
+from .sessions import Sessions
+from .settings import Settings
 from .tokenizer import ClipTokenizer
 
 # Guidance for a model that does not name its own: what A1111 and its kin use.
 CFG_SCALE = 7.0
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where and how to run: what the caller asks of every component alike."""
-
-    backend: str = "auto"
-    precision: str = "auto"
-    threads: int = 0
-    cache: bool = True
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without an engine.
-
-        Raises:
-            UsageError: an unknown precision, or a number of threads below 0.
-        """
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"unknown precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if self.threads < 0:
-            raise UsageError(
-                f"threads {self.threads} is out of range; expected 0 (the engine chooses) or more"
-            )
 
 
 @dataclass(frozen=True)
@@ -78,10 +55,9 @@ def _batches(count: int, size: int) -> list[_Batch]:
 class Pipeline:
     """A bundle opened on a backend. Sessions are prepared when first needed and kept per shape."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, device: str, settings: Settings) -> None:
-        """Use ``open`` instead, which chooses the backend."""
-        self.bundle, self.backend, self.device, self.settings = bundle, backend, device, settings
-        self._sessions: dict[str, tuple[Mapping[str, tuple[int, ...]], Session]] = {}
+    def __init__(self, bundle: Bundle, sessions: Sessions) -> None:
+        """Use ``open`` instead, which finds the backend."""
+        self.bundle, self.sessions = bundle, sessions
 
     @classmethod
     def open(cls, bundle: Bundle | str | Path, settings: Settings | None = None) -> Pipeline:
@@ -92,11 +68,8 @@ class Pipeline:
             BackendUnavailable: the backend asked for is not here, or with ``auto`` none is.
             UsageError: an unknown backend or precision.
         """
-        settings = settings or Settings()
-        name, device = parse_backend(settings.backend)
-        backend = choose_backend(name)
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        return cls(opened, backend, device, settings)
+        return cls(opened, Sessions(opened, settings or Settings()))
 
     def __enter__(self) -> Self:
         return self
@@ -108,9 +81,12 @@ class Pipeline:
 
     def close(self) -> None:
         """Close all sessions."""
-        for _, session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        self.sessions.close()
+
+    @property
+    def choice(self) -> str:
+        """Which backend ``auto`` took and why; empty for one that was named."""
+        return self.sessions.choice
 
     @cached_property
     def tokenizer(self) -> ClipTokenizer:
@@ -147,6 +123,8 @@ class Pipeline:
         request = self._completed(request)
         width, height = self._size(request)
         cells = (height // self.vae_factor, width // self.vae_factor)
+        tokens, guided = self.tokenizer.max_length, _guidance(request) > 1
+        yield from self.sessions.choose(unet_work(self.bundle, request, cells, tokens, guided=guided))
         states = yield from self._encode(request)
         for work in _batches(request.count, request.batch_size):
             latents = yield from self._denoise(request, states, work, cells)
@@ -170,30 +148,6 @@ class Pipeline:
             )
         return width, height
 
-    def _session(
-        self, component: str, shapes: Mapping[str, tuple[int, ...]]
-    ) -> Generator[Event, None, Session]:
-        """Prepare ``component`` for ``shapes`` unless it is; the generator returns the session."""
-        held = self._sessions.get(component)
-        if held and held[0] == shapes:
-            return held[1]
-        yield PhaseStarted("load", component)
-        start = time.perf_counter()
-        if held:
-            held[1].close()
-            del self._sessions[component]
-        options = PrepareOptions(
-            shapes=shapes,
-            device=self.device,
-            precision=self.settings.precision,
-            threads=self.settings.threads,
-            cache_dir=cache_folder("compiled") if self.settings.cache else None,
-        )
-        session = self.backend.prepare(self.bundle.source(component), options)
-        self._sessions[component] = (shapes, session)
-        yield PhaseFinished("load", time.perf_counter() - start, component)
-        return session
-
     def _encode(self, request: Request) -> Generator[Event, None, np.ndarray]:
         """Hidden states of negative and positive prompt, float32 ``(2, tokens, width)``."""
         guided = _guidance(request) > 1
@@ -205,7 +159,7 @@ class Pipeline:
                 )
         if not guided:
             ids = ids[1:]
-        session = yield from self._session("text_encoder", {"input_ids": ids.shape})
+        session = yield from self.sessions.get("text_encoder", {"input_ids": ids.shape})
         yield PhaseStarted("encode")
         start = time.perf_counter()
         states = session.run({"input_ids": ids})["last_hidden_state"]
@@ -221,10 +175,8 @@ class Pipeline:
         count = work.count
         rows = count * (2 if guided else 1)
         shape = (4, *cells)
-        session = yield from self._session(
-            "unet",
-            {"sample": (rows, *shape), "timestep": (), "encoder_hidden_states": (rows, *states.shape[1:])},
-        )
+        shapes = unet_shapes(rows, cells, states.shape[1:])
+        session = yield from self.sessions.get("unet", shapes, guided=guided)
         generators = make_generators(request.rng, int(request.seed or 0) + work.first, count)
         sigmas = resolve_schedule(request.schedule).function(self.noise_schedule, request.steps)
         x = np.stack([g.randn(shape) for g in generators]) * np.float32(sigmas[0])
@@ -254,7 +206,7 @@ class Pipeline:
         scaled = latents / np.float32(config.get("scaling_factor") or 1.0) + np.float32(
             config.get("shift_factor") or 0.0
         )
-        session = yield from self._session("vae_decoder", {"latent_sample": (1, *latents.shape[1:])})
+        session = yield from self.sessions.get("vae_decoder", {"latent_sample": (1, *latents.shape[1:])})
         yield PhaseStarted("decode")
         start = time.perf_counter()
         images = []
@@ -285,7 +237,7 @@ class Pipeline:
             lora_hashes={a.name: a.sha256[:12] for a in self.bundle.adapters},
             version=f"kiln {__version__}",
         )
-        return Record(seed, width, height, text, {c: s.in_force for c, (_, s) in self._sessions.items()})
+        return Record(seed, width, height, text, self.sessions.in_force, self.choice)
 
 
 def _run_unet(session: Session, sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:

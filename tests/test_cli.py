@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner, Result
 
+from kiln.backends.registry import names
 from kiln.cli import main
 from kiln.exporters.resolve import bundled_models
 
@@ -20,6 +21,7 @@ Run = Callable[..., Result]
 
 GENERATE_MODULES = """
 import json, sys
+from kiln.backends.registry import names
 from kiln.cli import main
 try:
     main(sys.argv[2:])
@@ -119,7 +121,7 @@ def test_inspecting_what_is_not_there_is_a_usage_error(run: Run) -> None:
 @pytest.mark.usefixtures("emoji")
 def test_an_unknown_storage_type_is_a_usage_error(run: Run) -> None:
     assert_refused(
-        run("export", "emoji", "-o", "out", "--precision", "int8"), 2, "'int8'", "fp32, fp16, bf16"
+        run("export", "emoji", "-o", "out", "--precision", "int4"), 2, "'int4'", "fp32, fp16, bf16"
     )
 
 
@@ -186,7 +188,10 @@ def test_inspect_prints_text_and_json(run: Run) -> None:
 
 def test_devices_lists_every_backend(run: Run) -> None:
     rows = json.loads(run("devices", "--json").stdout)
-    assert {row["backend"] for row in rows} == {"null", "onnxruntime", "openvino", "torch"}
+    assert {row["backend"] for row in rows} == set(names())
+    assert {"null", "onnxruntime", "openvino", "torch"} <= {
+        row["backend"] for row in rows if row["available"]
+    }
     assert all(row["reason"] for row in rows if not row["available"])
 
 

@@ -23,7 +23,17 @@ from kiln.exporters.resolve import bundled_models
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-COMMANDS = {"kiln": kiln, **{f"kiln {name}": command for name, command in kiln.commands.items()}}
+
+
+def commands_of(words: str, command: click.Command) -> dict[str, click.Command]:
+    """A command, and if it is a group what is in it, by the words that call it."""
+    found = {words: command}
+    for name, inner in getattr(command, "commands", {}).items():
+        found |= commands_of(f"{words} {name}", inner)
+    return found
+
+
+COMMANDS = commands_of("kiln", kiln)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:

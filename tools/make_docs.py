@@ -35,9 +35,11 @@ and one document for the others. Progress, warnings and errors go to stderr. An 
 nothing is left behind.
 
 **Exit codes:** 0 done, 1 failed, 2 the command line or the request is wrong, 130 stopped by Ctrl-C.
+For `doctor`: 0 all in order, 1 something to mend, 2 no backend works.
 
 **Cache.** Exported models, compiled models, traced graphs and the stamps of verified files lie in the user's
-cache folder; the environment variable `KILN_CACHE` moves it, and it may be deleted at any time.
+cache folder; the environment variable `KILN_CACHE` moves it, `KILN_CACHE_LIMIT` (such as `10GB`) bounds it,
+and it may be deleted at any time.
 """
 
 
@@ -47,11 +49,18 @@ def commands() -> dict[str, click.Context]:
         kiln, info_name="kiln", terminal_width=WIDTH, max_content_width=WIDTH, **kiln.context_settings
     )
     found = {"kiln": root}
-    for name, command in sorted(kiln.commands.items()):
-        found[f"kiln {name}"] = click.Context(
-            command, info_name=name, parent=root, terminal_width=WIDTH, max_content_width=WIDTH
-        )
+    _add(kiln, root, found)
     return found
+
+
+def _add(group: click.Group, parent: click.Context, found: dict[str, click.Context]) -> None:
+    for name, command in sorted(group.commands.items()):
+        context = click.Context(
+            command, info_name=name, parent=parent, terminal_width=WIDTH, max_content_width=WIDTH
+        )
+        found[context.command_path] = context
+        if isinstance(command, click.Group):
+            _add(command, context, found)
 
 
 def render() -> str:

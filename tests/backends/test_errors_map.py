@@ -79,6 +79,24 @@ def test_out_of_memory_says_what_to_do(text: str) -> None:
         raise native
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1",
+        "CUDA failure 100: no CUDA-capable device is detected",
+        "HIP failure 700: hipErrorIllegalAddress",
+        "Failed to get a WebGPU adapter: No supported adapters",
+        "Failed to load library libp.so with error: libmigraphx_c.so.3: cannot open shared object file",
+        "Please install TensorRT libraries as mentioned in the GPU requirements page",
+    ],
+)
+def test_no_device_is_unavailable(text: str) -> None:
+    with pytest.raises(BackendUnavailable), engine_errors("onnxruntime-cuda", "loading unet"):
+        raise RuntimeError(text)
+    with pytest.raises(SessionError), engine_errors("onnxruntime-cuda", "loading unet"):
+        raise RuntimeError("CUDA failure 9: invalid configuration argument")
+
+
 def test_kilns_own_errors_pass() -> None:
     with pytest.raises(UsageError, match=r"^mine$"), engine_errors("openvino", "running unet"):
         raise UsageError("mine")
@@ -99,6 +117,22 @@ def test_others_pass() -> None:
             "what happened",
         ),
         ("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : bad : input", "bad : input"),
+        # As onnxruntime-gpu 1.31.1 and onnxruntime-migraphx 1.27.1 say them, with shorter names.
+        (
+            "/onnxruntime_src/cuda/info.cc:63 static Info From(const Options&) [ONNXRuntimeError] : 1 : "
+            'FAIL : utils.h:182 Parse Unknown provider option: "no_such".\n',
+            'utils.h:182 Parse Unknown provider option: "no_such".',
+        ),
+        (
+            "/a/cuda_call.cc:154 void CudaCall(ERRTYPE) [with ERRTYPE = cudaError] CUDA failure 35: CUDA "
+            "driver is insufficient ; GPU=-1 ; hostname=vm ; file=/a/b.cc",
+            "CUDA failure 35: CUDA driver is insufficient",
+        ),
+        (
+            "/src/x/bridge.cc:1988 Provider& Library::Get() [ONNXRuntimeError] : 1 : FAIL : Failed to load "
+            "library /x/libp.so with error: libm.so.3: cannot open shared object file",
+            "Failed to load library /x/libp.so with error: libm.so.3: cannot open shared object file",
+        ),
         ("", "RuntimeError"),
         ("a" * 999, "a" * 297 + "..."),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from kiln.backends.base import GraphSource
+from kiln.backends.isolation.backend import IsolatedBackend
 
 CHANNELS, HIDDEN, INNER = 4, 32, 64
 
@@ -172,3 +173,10 @@ def graph_case(tmp_path: Path) -> Case:
 def module_case(tmp_path: Path) -> Case:
     """The diffusers module and its own result."""
     return make_module_case(tmp_path / "module")
+
+
+@pytest.fixture(scope="module")
+def isolated_onnxruntime() -> Iterator[IsolatedBackend]:
+    """ONNX Runtime in one child process for all tests."""
+    with IsolatedBackend("onnxruntime") as isolated:
+        yield isolated

@@ -23,18 +23,43 @@ LIMIT = THRESHOLDS["component_relative_l2"]
 WITHOUT_VALUES = {"null"}
 FROM_MODULES = {"torch"}
 CACHING = {"openvino"}
+# Backends that compile for one shape: they are given every shape, and tests of free shapes are not for them.
+STATIC_ONLY = {"onnxruntime-tensorrt", "onnxruntime-migraphx", "onnxruntime-webgpu"}
+# Of these, whose cache is a folder of the engine's own files.
+ENGINE_CACHING = {"onnxruntime-tensorrt", "onnxruntime-migraphx"}
 
 Feeds = Callable[..., dict[str, np.ndarray]]
 
 
-@pytest.fixture(params=registry.names())
+@pytest.fixture(params=[*registry.names(), "onnxruntime in a child process"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each registered backend; one that is not there is skipped with its own reason."""
-    found = registry.get_backend(request.param)
+    name, _, isolated = request.param.partition(" ")
+    found = registry.get_backend(name)
     reason = registry.why_unusable(found)
     if reason:
         pytest.skip(reason)
-    return found
+    if isolated:
+        return request.getfixturevalue("isolated_onnxruntime")
+    return _WithShapes(found, shapes_of(request.getfixturevalue("feeds")())) if name in STATIC_ONLY else found
+
+
+class _WithShapes:
+    """A backend for fixed shapes only, given those of the default inputs where a test gives none."""
+
+    def __init__(self, inner: Backend, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.name, self.probe, self.devices = inner.name, inner.probe, inner.devices
+        self._inner, self._shapes = inner, shapes
+
+    def prepare(self, source: Any, options: PrepareOptions) -> Any:
+        return self._inner.prepare(source, replace(options, shapes=options.shapes or self._shapes))
+
+
+@pytest.fixture
+def free_shapes(backend: Backend) -> None:
+    """Skips the backends that take fixed shapes only."""
+    if backend.name in STATIC_ONLY:
+        pytest.skip("takes fixed shapes only")
 
 
 @pytest.fixture
@@ -81,6 +106,8 @@ def test_probe_and_devices(backend: Backend) -> None:
 
 @pytest.mark.parametrize("fixed", [True, False], ids=["static", "dynamic"])
 def test_values(backend: Backend, case: Any, feeds: Feeds, fixed: bool) -> None:
+    if not fixed and backend.name in STATIC_ONLY:
+        pytest.skip("takes fixed shapes only")
     inputs = feeds()
     session = backend.prepare(case.source, replace(FP32, shapes=shapes_of(inputs) if fixed else {}))
     check(session.run(inputs), case.expected(inputs), values=backend.name not in WITHOUT_VALUES)
@@ -98,6 +125,7 @@ def test_a_wrong_weight_is_seen(
         check(backend.prepare(source, FP32).run(feeds()), graph_case.expected(feeds()), values=True)
 
 
+@pytest.mark.usefixtures("free_shapes")
 def test_dynamic_shapes_may_change(backend: Backend, case: Any, feeds: Feeds) -> None:
     session = backend.prepare(case.source, FP32)
     for sizes in ({}, {"batch": 1, "height": 16, "width": 8}, {"length": 13}):
@@ -111,6 +139,7 @@ def test_static_shapes_refuse_others(backend: Backend, case: Any, feeds: Feeds) 
         session.run(feeds(height=16))
 
 
+@pytest.mark.usefixtures("free_shapes")
 def test_one_input_fixed_and_the_others_free(backend: Backend, case: Any, feeds: Feeds) -> None:
     session = backend.prepare(case.source, replace(FP32, shapes={"sample": (2, 4, 8, 12)}))
     for length in (7, 13):
@@ -247,7 +276,7 @@ def test_second_time_from_the_cache(backend: Backend, case: Any, feeds: Feeds, t
     ):
         first, second = (backend.prepare(case.source, options) for _ in range(2))
         assert not first.in_force.from_cache
-        assert second.in_force.from_cache == (backend.name in CACHING)
+        assert second.in_force.from_cache == (backend.name in CACHING | ENGINE_CACHING)
         assert np.array_equal(first.run(inputs)["out_sample"], second.run(inputs)["out_sample"])
         assert replace(second.in_force, from_cache=False) == first.in_force
 

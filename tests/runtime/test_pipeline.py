@@ -16,10 +16,11 @@ from kiln.errors import InvalidOutputError, UsageError
 from kiln.exporters.resolve import bundled_models
 from kiln.runtime.events import ImageReady, PhaseFinished, StepFinished, Warned
 from kiln.runtime.images import read_parameters, save_png
-from kiln.runtime.pipeline import Pipeline, Settings
+from kiln.runtime.pipeline import Pipeline
 from kiln.runtime.request import Request
 from kiln.runtime.samplers import SAMPLERS
 from kiln.runtime.schedules import SCHEDULES, NoiseSchedule
+from kiln.runtime.settings import Settings
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -269,14 +270,16 @@ def test_nan_names_the_component(bundle, component):
             self.session.close()
 
     with Pipeline.open(bundle, Settings("onnxruntime", "fp32", cache=False)) as broken:
-        prepare = broken.backend.prepare
+        prepare = broken.sessions.backend.prepare
 
         class Backend:
+            name = "onnxruntime"
+
             def prepare(self, source, options):
                 session = prepare(source, options)
                 return Broken(session) if source.component == component else session
 
-        broken.backend = Backend()
+        broken.sessions.backend = Backend()
         with pytest.raises(InvalidOutputError, match=component):
             list(broken.generate(request_for(broken, steps=1)))
 
