@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 
 from ..bundle import open_bundle
-from ..errors import KilnError
 from .children import ChildRun, run_kiln, run_optimum_intel
 from .random_models import write_random_model
-from .report import Check, Report, Samples, positive, ratio_check
+from .report import Check, Report, Samples, positive, ratio_check, run
 
 
 def measure(args: argparse.Namespace) -> Report:
@@ -93,12 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure; exit 1 when a limit is missed."""
-    args = parser().parse_args(arguments)
-    try:
-        return measure(args).finish(args.json or args.work / "export_cost.json")
-    except KilnError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return exc.exit_code
+    return run(parser(), measure, arguments)
 
 
 if __name__ == "__main__":

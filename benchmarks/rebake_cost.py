@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 
 from ..bundle import is_bundle
-from ..errors import KilnError
 from .children import run_kiln
 from .export_cost import export_own, prepared_model
 from .random_models import random_lora
-from .report import Report, Samples, positive, ratio_check
+from .report import Report, Samples, positive, ratio_check, run
 
 
 def measure(args: argparse.Namespace) -> Report:
@@ -105,12 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure; exit 1 when the limit is missed."""
-    args = parser().parse_args(arguments)
-    try:
-        return measure(args).finish(args.json or args.work / "rebake_cost.json")
-    except KilnError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return exc.exit_code
+    return run(parser(), measure, arguments)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..errors import KilnError
 from .machine import Machine, describe_machine, load_average
 from .parity import THRESHOLDS
 
@@ -165,3 +167,27 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a count; expected 1 or more")
     return value
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Report],
+    arguments: list[str] | None,
+) -> int:
+    """Measure as the command line says and finish the report; the exit code.
+
+    Args:
+        parser: of the script; it has ``json``, and where that may be None also the folder ``work``.
+        measure: the script's own.
+        arguments: those of the process if None.
+
+    Returns:
+        0 when every limit holds, 1 when one is missed, else the code of Kiln's error, which is printed.
+    """
+    args = parser.parse_args(arguments)
+    try:
+        report = measure(args)
+        return report.finish(args.json or args.work / f"{report.benchmark}.json")
+    except KilnError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return exc.exit_code

@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import KilnError, UsageError
+from ..errors import UsageError
 from .children import ChildError
-from .report import Check, Report, Samples, positive
+from .report import Check, Report, Samples, positive, run
 
 _PHASE = re.compile(r"^(load|encode|denoise|decode)\s+(.*?)\s*([\d.]+) s$")
 _IMPORTS = re.compile(r"^start to first import ([\d.]+) s, all ([\d.]+) s$")
@@ -143,12 +143,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure; exit 1 when a limit is missed."""
-    args = parser().parse_args(arguments)
-    try:
-        return measure(args).finish(args.json)
-    except KilnError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return exc.exit_code
+    return run(parser(), measure, arguments)
 
 
 if __name__ == "__main__":

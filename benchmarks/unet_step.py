@@ -3,8 +3,10 @@
     python -m kiln.benchmarks.unet_step BUNDLE PEER [--rounds 9] [--threads N] [--precision auto]
 
 PEER is a folder exported by optimum-intel from the same weights. Both are compiled by one OpenVINO in one
-process with the same properties and static shapes (batch 2, for guidance), and take turns. Before that both
-run once in fp32 on small latents: only graphs that compute the same are worth comparing.
+process with the same properties and static shapes, and take turns. The batch is that of guidance: one latent
+twice, with two prompts, which the bundle's graph uses and optimum-intel's does not (``--plain`` leaves that
+out). Before that both run once in fp32 on small latents: only graphs that compute the same are worth
+comparing.
 
 Outputs are compared at timestep 0. optimum-intel stores the frequencies of the timestep's embedding in
 float16, which alone moves its fp32 output by 7e-3 at timestep 500 and 1.6e-2 at 999, where the bundle's
@@ -23,11 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.base import GraphSource, PrepareOptions
-from ..backends.openvino_cpu import OpenVINOBackend
+from ..backends.openvino_backend import SHARED_SAMPLE, OpenVINOBackend
 from ..bundle import open_bundle
-from ..errors import KilnError, UsageError
+from ..errors import UsageError
 from .parity import relative_l2
-from .report import Check, Report, Samples, positive, ratio_check
+from .report import Check, Report, Samples, positive, ratio_check, run
 
 Feeds = dict[str, np.ndarray]
 Step = Callable[[Feeds], np.ndarray]
@@ -40,14 +42,14 @@ def measure(args: argparse.Namespace) -> Report:
     report = Report("unet_step", vars(args))
     source = open_bundle(args.bundle).source("unet")
     small = make_feeds(2, _CHECK_CELLS)
-    ours, precise = own_step(source, small, "fp32", args.threads)
+    ours, precise = own_step(source, small, "fp32", args.threads, plain=args.plain)
     theirs = peer_step(args.peer, small, precise)
     same = relative_l2(ours(small), theirs(small))
     del ours, theirs
     gc.collect()
 
     feeds = make_feeds(args.batch, args.size // 8)
-    ours, in_force = own_step(source, feeds, args.precision, args.threads)
+    ours, in_force = own_step(source, feeds, args.precision, args.threads, plain=args.plain)
     theirs = peer_step(args.peer, feeds, in_force)
     report.facts = {"in_force": {k: str(v) for k, v in in_force.items()}}
     near = relative_l2(ours(feeds), theirs(feeds))  # also the first warm-up of each
@@ -63,20 +65,29 @@ def measure(args: argparse.Namespace) -> Report:
 
 
 def make_feeds(batch: int, cells: int) -> Feeds:
-    """Inputs by Kiln's names: latents of ``cells`` by ``cells``, timestep 0, text states; seeded."""
+    """Inputs by Kiln's names: latents of ``cells`` by ``cells``, timestep 0, text states; seeded.
+
+    The second half of the batch has the latents of the first, as under guidance.
+    """
     rng = np.random.default_rng(0)
+    latents = rng.standard_normal((batch // 2, 4, cells, cells), np.float32)
     return {
-        "sample": rng.standard_normal((batch, 4, cells, cells), np.float32),
+        "sample": np.concatenate([latents, latents]),
         "timestep": np.zeros((), np.float32),
         "encoder_hidden_states": rng.standard_normal((batch, 77, 768), np.float32),
     }
 
 
 def own_step(
-    source: GraphSource, feeds: Feeds, precision: str, threads: int
+    source: GraphSource, feeds: Feeds, precision: str, threads: int, *, plain: bool = False
 ) -> tuple[Step, dict[str, object]]:
     """The bundle's UNet, prepared as the pipeline does; and the properties that are in force."""
-    options = PrepareOptions({n: a.shape for n, a in feeds.items()}, precision=precision, threads=threads)
+    options = PrepareOptions(
+        {n: a.shape for n, a in feeds.items()},
+        precision=precision,
+        threads=threads,
+        extra={} if plain else {SHARED_SAMPLE: True},
+    )
     session = OpenVINOBackend().prepare(source, options)
     hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[session.in_force.precision]
     properties: dict[str, object] = {
@@ -133,6 +144,14 @@ def interleaved(
     return {name: tuple(values) for name, values in times.items()}
 
 
+def even(text: str) -> int:
+    """An argument that counts pairs."""
+    value = positive(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"{value} is odd; guidance runs pairs")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description="A UNet step from the bundle against optimum-intel's.")
@@ -140,7 +159,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("peer", type=Path, help="optimum-intel's export: WORK/peer of export_cost")
     made.add_argument("--rounds", type=positive, default=9)
     made.add_argument("--warmups", type=positive, default=2)
-    made.add_argument("--batch", type=positive, default=2)
+    made.add_argument("--batch", type=even, default=2)
+    made.add_argument("--plain", action="store_true", help="do not tell that the two latents are the same")
     made.add_argument("--size", type=positive, default=512, help="pixels a side")
     made.add_argument("--threads", type=int, default=0, help="0 lets the engine choose")
     made.add_argument("--precision", default="auto", help="auto is bf16 where the processor has it")
@@ -150,12 +170,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure; exit 1 when a limit is missed."""
-    args = parser().parse_args(arguments)
-    try:
-        return measure(args).finish(args.json)
-    except KilnError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return exc.exit_code
+    return run(parser(), measure, arguments)
 
 
 if __name__ == "__main__":
