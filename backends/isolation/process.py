@@ -265,8 +265,8 @@ def _relog(message: Message) -> None:
 def _group_cpu_seconds(group: int, proc: Path = Path("/proc")) -> float:
     """Processor seconds that a process group has used, the compilers it started included; 0 without /proc.
 
-    Fields 5 (pgrp) and 14 to 17 of ``/proc/PID/stat``, see proc(5): utime and stime, in clock ticks, and the same
-    of the children that it has waited for, so that a compiler that has ended still counts.
+    Fields 5 (pgrp) and 14 to 17 of ``/proc/PID/stat``, see proc(5): utime and stime in clock ticks, and
+    those of the children that it has waited for, so that a compiler that has ended still counts.
     """
     ticks = 0
     for folder in proc.glob("[0-9]*"):
