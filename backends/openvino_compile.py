@@ -15,6 +15,7 @@ from .errors_map import engine_errors, one_line
 from .mapped_pages import release_pages, releasing_pages
 from .openvino_devices import CPU, HINT, kind_of
 from .openvino_engine import NAME, version
+from .openvino_gated import split_gated_linears
 from .openvino_guidance import share_before_prompt
 from .openvino_storage import keep_storage_type
 from .openvino_timestep import cut_timestep
@@ -25,7 +26,7 @@ from .session import check_port_names
 WEIGHTLESS_SINCE = (2026, 4)
 
 # Raised when a lowering changes, or what is asked of the engine, so that old entries are not used.
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def _weightless(plan: Plan) -> dict[str, object]:
     """Properties that keep weights out of the cache: the blob then points into ``weights.safetensors``.
 
     For Stable Diffusion 1.5 an entry has 70 MB in place of 1.7 GB, for each LoRA and size: 4 MB of program,
-    and the three kernels that ``openvino_upsample`` rearranges. Only the processor's plugin is known to read
-    such entries back.
+    and the three kernels that ``openvino_upsample`` rearranges. Constants made by a lowering are kept whole,
+    but for those of ``openvino_mapped``. Only the processor's plugin is known to read such entries back.
     """
     if kind_of(plan.device) != CPU or parse_version(version()) < WEIGHTLESS_SINCE:
         return {}
@@ -120,13 +121,13 @@ def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Any:
         with engine_errors(NAME, f"fixing the shapes of {source.component}"):
             model.reshape({name: list(shape) for name, shape in options.shapes.items()})
     with engine_errors(NAME, f"lowering {source.component}"):
-        lower(model, plan)
+        lower(core, model, plan)
     # Only here, where ``model`` keeps the file mapped: see ``releasing_pages``.
     with engine_errors(NAME, f"compiling {source.component}"), releasing_pages(source.weights_path):
         return core.compile_model(model, plan.device, properties)
 
 
-def lower(model: Any, plan: Plan) -> None:
+def lower(core: Any, model: Any, plan: Plan) -> None:
     """Everything that is rewritten before OpenVINO compiles a model, in this order; changes it in place.
 
     Raises:
@@ -138,4 +139,5 @@ def lower(model: Any, plan: Plan) -> None:
         raise SessionError("SHARED_SAMPLE needs a UNet with fixed shapes and an even batch")
     if kind_of(plan.device) == CPU and not model.is_dynamic():  # measured on processors only
         multiply_before_upsampling(model)
+        split_gated_linears(core, model, plan.source.weights_path)
     keep_storage_type(model)

@@ -13,6 +13,7 @@ Precondition: none. Postcondition: every cast of a constant stored in 16 bits ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,41 @@ def keep_storage_type(model: Any) -> int:
     return marked
 
 
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A weight as it is stored: floats, or int8 with a float32 scale for each index of the first axis."""
+
+    values: np.ndarray
+    scale: np.ndarray | None = None
+
+
+def stored_weight(output: Any) -> StoredWeight | None:
+    """The weight behind an output, None where it is none or none that numpy holds.
+
+    Args:
+        output: an ``openvino.Output``: of a constant, of a cast of one, or of the product of a cast of int8
+            with scales, which is what ONNX's ``DequantizeLinear`` without zero point becomes.
+    """
+    node = output.get_node()
+    if node.get_type_name() != "Multiply":
+        values = stored_values(output)
+        return None if values is None else StoredWeight(values)
+    integers, scale = (node.input_value(i).get_node() for i in range(2))
+    if scale.get_type_name() == "Reshape":
+        scale = scale.input_value(0).get_node()
+    if integers.get_type_name() == "Convert":
+        integers = integers.input_value(0).get_node()
+    if {integers.get_type_name(), scale.get_type_name()} != {"Constant"}:
+        return None
+    if (
+        integers.get_output_element_type(0).to_string() != "i8"
+        or scale.get_element_type().to_string() != "f32"
+    ):
+        return None
+    values, scales = integers.get_data(), scale.get_data().ravel()
+    return StoredWeight(values, scales) if scales.size == values.shape[0] else None
+
+
 def stored_values(output: Any) -> np.ndarray | None:
     """The weights behind an output as they are stored, None where it is no weight or none that numpy holds.
 
@@ -56,10 +92,31 @@ def stored_values(output: Any) -> np.ndarray | None:
     return values
 
 
-def weight(values: np.ndarray) -> Any:
-    """A node of weights in their storage type, marked and cast to fp32."""
+def weight(values: np.ndarray, scale: np.ndarray | None = None) -> Any:
+    """A node of weights in their storage type, cast to fp32; int8 ones times scales, as they are read."""
     from openvino import opset13
 
-    cast = opset13.convert(opset13.constant(np.ascontiguousarray(values)), "f32")
+    # Shared: the constant keeps the array alive, and a copy of the large ones would cost time and memory.
+    constant = opset13.constant(np.ascontiguousarray(values), shared_memory=True)
+    if scale is None:
+        return decompressed(constant)
+    return dequantized(constant, opset13.constant(scale))
+
+
+def dequantized(integers: Any, scale: Any) -> Any:
+    """int8 rows of a matrix times their scales, in the form that OpenVINO makes int8 kernels of."""
+    from openvino import opset13
+
+    column = opset13.reshape(scale, opset13.constant(np.array([-1, 1], np.int64)), False)
+    return opset13.multiply(opset13.convert(integers, "f32"), column)
+
+
+def decompressed(constant: Any) -> Any:
+    """A constant of weights cast to fp32 and marked; as it is, if it is of fp32."""
+    from openvino import opset13
+
+    if constant.get_output_element_type(0).to_string() == "f32":
+        return constant
+    cast = opset13.convert(constant, "f32")
     cast.get_rt_info()[MARK] = True
     return cast

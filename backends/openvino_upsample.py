@@ -12,9 +12,13 @@ by the order of a sum alone. In Stable Diffusion 1.5 three such convolutions are
 arithmetic. Tried instead: four 2x2 convolutions of summed taps (Shi et al. 1609.07009 in reverse) take 1.1 to
 1.4 times as long and need kernels with other numbers; a transposed 4x4 convolution runs in fp32 only.
 
+What is quantized to int8 between the two is quantized before instead: one value after the other, so that is
+the same.
+
 Precondition: static shapes, and a nearest ``Interpolate`` that doubles both sides, asymmetric, read only by a
-3x3 ``Convolution`` with stride 1 and padding 1. Postcondition: no such pair whose nine products take less
-than ``LARGEST`` bytes in fp32 is left. Larger ones (the VAE's) would need more memory than they save time.
+3x3 ``Convolution`` with stride 1 and padding 1, directly or through quantization by one scale. Postcondition:
+no such pair whose nine products take less than ``LARGEST`` bytes in fp32 is left. Larger ones (the VAE's)
+would need more memory than they save time.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from .openvino_storage import stored_values, weight
+from .openvino_storage import StoredWeight, stored_weight, weight
 
 LARGEST = 256 << 20
 _ROWS, _COLUMNS, _CHANNELS = 1, 2, 3
+_VALUE_BY_VALUE = ("FakeQuantize", "Convert", "Subtract", "Multiply")
 
 
 def multiply_before_upsampling(model: Any) -> int:
@@ -37,49 +42,69 @@ def multiply_before_upsampling(model: Any) -> int:
     """
     changed = 0
     for op in model.get_ordered_ops():
-        convolution = _convolution_of(op)
-        if convolution is None:
+        readers = _readers_of(op)
+        if not readers:
             continue
-        kernel = stored_values(convolution.input_value(1))
-        if kernel is None or kernel.shape[2:] != (3, 3):
+        *between, convolution = readers
+        kernel = stored_weight(convolution.input_value(1))
+        if kernel is None or kernel.values.shape[2:] != (3, 3):
             continue
         small = op.input_value(0)
         rows = int(np.prod([small.get_shape()[i] for i in (0, 2, 3)]))
-        if rows * 9 * kernel.shape[0] * 4 > LARGEST:
+        if rows * 9 * kernel.values.shape[0] * 4 > LARGEST:
             continue
+        if between:
+            between[0].input(0).replace_source_output(small)
+            for node in between:
+                node.validate_and_infer_types()
+            small = between[-1].output(0)
         convolution.output(0).replace(_product(small, kernel).output(0))
         changed += 1
-    if changed:
-        model.validate_nodes_and_infer_types()
     return changed
 
 
-def _convolution_of(op: Any) -> Any | None:
-    """The convolution that alone reads ``op``'s output, if both are as the precondition says."""
+def _readers_of(op: Any) -> list[Any]:
+    """What quantizes ``op``'s output, and the convolution behind; nothing unless all is as it must be."""
     if op.get_type_name() != "Interpolate" or op.get_output_partial_shape(0).is_dynamic:
-        return None
+        return []
     how = op.get_attributes()
     if how.get("mode") != "nearest" or how.get("coordinate_transformation_mode") != "asymmetric":
-        return None
+        return []
     if how.get("nearest_mode") not in ("floor", "simple") or any(how["pads_begin"]) or any(how["pads_end"]):
-        return None
+        return []
     before, after = list(op.input_value(0).get_shape()), list(op.output(0).get_shape())
     if len(before) != 4 or after != [*before[:2], 2 * before[2], 2 * before[3]]:
-        return None
-    readers = [entry.get_node() for entry in op.output(0).get_target_inputs()]
-    if len(readers) != 1 or readers[0].get_type_name() != "Convolution":
-        return None
-    found = readers[0].get_attributes()
+        return []
+    readers = [_only_reader(op)]
+    while readers[-1] is not None and _is_value_by_value(readers[-1]):
+        readers.append(_only_reader(readers[-1]))
+    if readers[-1] is None or readers[-1].get_type_name() != "Convolution":
+        return []
+    found = readers[-1].get_attributes()
     plain = (
         list(found["strides"]) == [1, 1]
         and list(found["dilations"]) == [1, 1]
         and list(found["pads_begin"]) == list(found["pads_end"]) == [1, 1]
         and found.get("auto_pad", "explicit") == "explicit"
     )
-    return readers[0] if plain else None
+    return readers if plain else []
 
 
-def _product(small: Any, kernel: np.ndarray) -> Any:
+def _only_reader(op: Any) -> Any | None:
+    """The node that alone reads ``op``'s output, as its first input."""
+    entries = list(op.output(0).get_target_inputs())
+    return entries[0].get_node() if len(entries) == 1 and entries[0].get_index() == 0 else None
+
+
+def _is_value_by_value(op: Any) -> bool:
+    """Whether a value of the output depends on that of the first input alone, and not on its place."""
+    others = (op.input_value(i).get_partial_shape() for i in range(1, op.get_input_size()))
+    return op.get_type_name() in _VALUE_BY_VALUE and all(
+        shape.is_static and int(np.prod(list(shape.to_shape()))) == 1 for shape in others
+    )
+
+
+def _product(small: Any, kernel: StoredWeight) -> Any:
     """The nodes that stand for upsampling and convolution.
 
     Args:
@@ -89,8 +114,11 @@ def _product(small: Any, kernel: np.ndarray) -> Any:
     from openvino import opset13 as ops
 
     n, _, height, width = small.get_shape()
-    out = kernel.shape[0]
-    matrix = weight(kernel.transpose(2, 3, 0, 1).reshape(9 * out, -1))
+    out = kernel.values.shape[0]
+    matrix = weight(
+        kernel.values.transpose(2, 3, 0, 1).reshape(9 * out, -1),
+        None if kernel.scale is None else np.tile(kernel.scale, 9),
+    )
     tokens = ops.transpose(small, _integers(0, 2, 3, 1))
     taps = ops.split(ops.matmul(tokens, matrix, False, True), _integer(_CHANNELS), 3)
     rows = []
