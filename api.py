@@ -13,7 +13,8 @@ from typing import Any
 
 from .backends.base import InForce
 from .backends.device_report import DeviceRow, list_devices
-from .bundle import BakedAdapter, Bundle, open_bundle
+from .baked import BakedAdapter, BakedEmbedding
+from .bundle import Bundle, open_bundle
 from .errors import (
     AdapterError,
     BackendError,
@@ -30,6 +31,7 @@ from .errors import (
 )
 from .exporters.adapters.base import AdapterRef
 from .exporters.adapters.plan import AdapterReport
+from .exporters.embeddings.base import EmbeddingRef
 from .exporters.export import ExportReport, ExportSpec, bake, export
 from .exporters.inspection import inspect_path
 from .exporters.resolve import (
@@ -54,10 +56,12 @@ __all__ = [
     "BackendError",
     "BackendUnavailable",
     "BakedAdapter",
+    "BakedEmbedding",
     "Bundle",
     "BundleError",
     "CheckpointError",
     "DeviceRow",
+    "EmbeddingRef",
     "Event",
     "ExportReport",
     "ExportSpec",

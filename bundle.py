@@ -11,7 +11,6 @@ the user's cache stands for the reading until the file is touched.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from stat import S_ISREG
 from typing import Any
 
 from .backends.base import GraphSource
+from .baked import ADAPTER_FACTS, BakedAdapter, BakedEmbedding, is_adapter, is_embedding
 from .cache import cache_folder
 from .components import COMPONENTS, CONTRACTS
 from .errors import BundleError
@@ -38,16 +38,6 @@ _PIPELINE_FILES = (
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
 )
-
-
-@dataclass(frozen=True)
-class BakedAdapter:
-    """One adapter inside the weights."""
-
-    name: str
-    sha256: str
-    unet_strength: float
-    text_encoder_strength: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +66,12 @@ class Bundle:
     def adapters(self) -> tuple[BakedAdapter, ...]:
         """What was baked in, in order."""
         return tuple(BakedAdapter(**row) for row in self.manifest["adapters"])
+
+    @property
+    def embeddings(self) -> tuple[BakedEmbedding, ...]:
+        """Tokens with vectors of their own, in the order of their rows."""
+        rows = self.manifest.get("embeddings", [])
+        return tuple(BakedEmbedding(row["token"], row["sha256"], tuple(row["ids"])) for row in rows)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -164,6 +160,8 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         return BundleError(f"{path} {why}; export the bundle again")
 
     kinds = {"name": str, "family": str, "components": dict, "files": dict, "adapters": list, "source": dict}
+    if not isinstance(manifest.get("embeddings", []), list):
+        raise fail("has embeddings that are no list")
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise fail(f"has no {key} of the type {kind.__name__}")
@@ -179,9 +177,10 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     for name in (*needed, *_PIPELINE_FILES):
         if name not in manifest["files"]:
             raise fail(f"has no size and digest of {name!r}")
-    fields = {field.name for field in dataclasses.fields(BakedAdapter)}
-    if not all(isinstance(row, dict) and row.keys() == fields for row in manifest["adapters"]):
-        raise fail("describes an adapter by other facts than " + ", ".join(sorted(fields)))
+    if not all(map(is_embedding, manifest.get("embeddings", []))):
+        raise fail("describes an embedding by other facts than token, sha256 and ids")
+    if not all(map(is_adapter, manifest["adapters"])):
+        raise fail("describes an adapter by other facts than " + ", ".join(sorted(ADAPTER_FACTS)))
 
 
 def bundle_networks(bundle: Bundle) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import adapters, lora_options
+from .options import adapters, embedding_option, embedding_refs, lora_options
 
 if TYPE_CHECKING:
     from ..exporters.export import ExportReport
@@ -60,6 +60,7 @@ def _int8(options: dict[str, Any]) -> Int8Options:
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the new bundle."
 )
 @lora_options
+@embedding_option
 @click.option(
     "--precision",
     default="auto",
@@ -87,6 +88,7 @@ def export(model: str, output: Path, loras: tuple[str, ...], as_json: bool, **op
     \b
         kiln export model.safetensors -o mymodel --precision fp16
         kiln export model.safetensors -o styled --lora style.safetensors:0.8 --lora face.safetensors:0.5:0
+        kiln export model.safetensors -o outlines --lora style.safetensors:0.8:lbw=OUTALL
         kiln export model.safetensors -o small --precision int8
     """
     from ..exporters.export import ExportSpec
@@ -97,10 +99,11 @@ def export(model: str, output: Path, loras: tuple[str, ...], as_json: bool, **op
     spec = ExportSpec(
         locate_model(model),
         output,
-        adapters(loras),
+        adapters(loras, options["lbw_presets"]),
         storage=options["precision"],
         remember_source=not options["forget_source"],
         int8=_int8(options) if options["precision"].startswith("int8") else None,
+        embeddings=embedding_refs(options["embeddings"]),
         **{name: options[name] for name in names},
     )
     _report_bundle(run(spec, _byte_progress()), as_json)
@@ -112,6 +115,7 @@ def export(model: str, output: Path, loras: tuple[str, ...], as_json: bool, **op
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the new bundle."
 )
 @lora_options
+@embedding_option
 @_int8_options
 @click.option("--overwrite", is_flag=True, help="Replace a bundle of this name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -120,20 +124,31 @@ def bake(
 ) -> None:
     """Make a bundle with other adapters from one that exists: seconds, because only weights are written.
 
+    Embeddings are added to those inside; with --embedding alone the adapters inside stay too.
+
     A bundle of int8 is quantized anew from its checkpoint, and compared with fp32, which takes longer.
 
     Example:
 
     \b
         kiln bake mymodel -o styled --lora style.safetensors:0.8
+        kiln bake mymodel -o careful --embedding EasyNegative.safetensors
     """
     from ..bundle import open_bundle
+    from ..exporters.export import add_tokens
     from ..exporters.export import bake as run
     from ..exporters.resolve import locate_model
 
     opened = open_bundle(locate_model(bundle))
     int8 = _int8(options) if str(opened.manifest.get("storage")).startswith("int8") else None
-    report = run(opened, output, adapters(loras), overwrite=overwrite, progress=_byte_progress(), int8=int8)
+    refs = adapters(loras, options["lbw_presets"])
+    tokens = embedding_refs(options["embeddings"])
+    if tokens and not refs:
+        report = add_tokens(opened, output, tokens, overwrite=overwrite)
+    else:
+        report = run(
+            opened, output, refs, overwrite=overwrite, progress=_byte_progress(), int8=int8, embeddings=tokens
+        )
     _report_bundle(report, as_json)
 
 
@@ -166,6 +181,8 @@ def _report_bundle(report: ExportReport, as_json: bool) -> None:
             click.echo(f"  and {len(adapter.unmatched_keys) - 5} more", err=True)
         for warning in adapter.warnings:
             click.echo(f"  warning: {warning}", err=True)
+    for token, count in report.embeddings.items():
+        click.echo(f"token {token}: {count} vector{'s' if count > 1 else ''}", err=True)
     if report.int8:
         click.echo(f"against fp32: {json.dumps(report.int8)}", err=True)
     click.echo(report.output)

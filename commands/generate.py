@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .options import MODEL_HELP, adapters, lora_options
+from .options import MODEL_HELP, adapters, block_presets, embedding_option, embedding_refs, lora_options
 
 if TYPE_CHECKING:
+    from ..exporters.embeddings.base import EmbeddingRef
     from ..runtime.events import ImageReady
 
 
@@ -39,7 +41,15 @@ if TYPE_CHECKING:
 @click.option(
     "--lora-dir",
     type=click.Path(path_type=Path),
-    help="Where <lora:name:strength> in the prompt is looked up.",
+    help="Where <lora:name:strength> in the prompt is looked up, by the file's name or its ss_output_name. "
+    "The whole tag is <lora:name:te:unet:rank:lbw=BLOCKS>; te=, unet= and dyn= may name its fields.",
+)
+@embedding_option
+@click.option(
+    "--embedding-dir",
+    type=click.Path(path_type=Path),
+    help="Textual inversion embeddings: those whose file name, or <token>, stands in the prompt or in the "
+    "negative prompt are used.",
 )
 @click.option(
     "--backend",
@@ -82,9 +92,15 @@ def generate(prompt: str, **options: Any) -> None:
     from ..runtime.request import Request
     from ..runtime.settings import Settings
 
-    text, tagged = prompt_adapters(prompt, options["lora_dir"])
+    text, tagged = prompt_adapters(prompt, options["lora_dir"], block_presets(options["lbw_presets"]))
+    if "<lora:" in options["negative_prompt"]:
+        click.echo(
+            "warning: <lora:...> in the negative prompt is plain text; tags act in the prompt", err=True
+        )
     fields = ("negative_prompt", "width", "height", "steps", "cfg_scale", "seed", "count", "batch_size")
-    request = Request(text, **{k: options[k] for k in (*fields, "sampler", "schedule", "rng")}).with_seed()
+    request = Request(
+        text, typed_prompt=prompt, **{k: options[k] for k in (*fields, "sampler", "schedule", "rng")}
+    ).with_seed()
     target = _Target(options["output"], text, request.count)
     settings = Settings(
         options["backend"],
@@ -96,7 +112,9 @@ def generate(prompt: str, **options: Any) -> None:
     )
     ready = clock()
     with TerminalProgress(quiet=options["quiet"], verbose=options["verbose"]) as progress:
-        resolved = resolve_model(options["model"], (*adapters(options["loras"]), *tagged))
+        refs = (*adapters(options["loras"], options["lbw_presets"]), *tagged)
+        embeddings = _embeddings(options, text)
+        resolved = resolve_model(options["model"], refs, embeddings=embeddings)
         with Pipeline.open(resolved.bundle, settings) as pipeline:
             for event in pipeline.generate(request):
                 progress.show(event)
@@ -104,6 +122,20 @@ def generate(prompt: str, **options: Any) -> None:
                     _report_image(target.save(event), event, options["as_json"])
     if options["verbose"]:
         click.echo(f"start to first import {ready:.2f} s, all {clock():.2f} s", err=True)
+
+
+def _embeddings(options: Mapping[str, Any], prompt: str) -> tuple[EmbeddingRef, ...]:
+    """Those of ``--embedding``, and those of ``--embedding-dir`` that a prompt names."""
+    given = embedding_refs(options["embeddings"])
+    if options["embedding_dir"] is None:
+        return given
+    from ..exporters.embeddings.folder import embeddings_named
+    from ..runtime.tokenizer import names_in
+
+    prompts = f"{prompt}\n{options['negative_prompt']}"
+    found = embeddings_named(options["embedding_dir"], prompts, lambda name: names_in(prompts, name))
+    paths = {ref.path.resolve() for ref in given}
+    return (*given, *(ref for ref in found if ref.path.resolve() not in paths))
 
 
 class _Target:

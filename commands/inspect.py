@@ -12,7 +12,7 @@ import click
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(path: str, as_json: bool) -> None:
-    """Say what a bundle, a checkpoint or an adapter is: family, networks, types, sizes, adapters.
+    """Say what a bundle, a checkpoint, an adapter or an embedding is: family, networks, types, sizes.
 
     Example:
 
@@ -33,12 +33,25 @@ def inspect(path: str, as_json: bool) -> None:
 def _print_tree(value: dict[str, Any], indent: int = 0) -> None:
     for key, item in value.items():
         rows = item if isinstance(item, list) and item and isinstance(item[0], dict) else None
-        if isinstance(item, dict) or rows:
+        if key == "blocks":
+            click.echo(f"{'  ' * indent}{key:{max(1, 24 - 2 * indent)}} {_blocks(item)}")
+        elif isinstance(item, dict) or rows:
             click.echo(f"{'  ' * indent}{key}")
             for row in rows or [item]:
                 _print_tree(row, indent + 1)
         else:
             click.echo(f"{'  ' * indent}{key:{max(1, 24 - 2 * indent)}} {_fact(key, item)}")
+
+
+def _blocks(strengths: dict[str, float]) -> str:
+    """Block strengths, those that are equal and stand together as one: ``BASE 1, IN00-IN11 0, ...``."""
+    runs: list[tuple[str, str, float]] = []
+    for name, value in strengths.items():
+        if runs and runs[-1][2] == value:
+            runs[-1] = (runs[-1][0], name, value)
+        else:
+            runs.append((name, name, value))
+    return ", ".join(f"{a if a == b else f'{a}-{b}'} {value:g}" for a, b, value in runs)
 
 
 def _fact(key: str, value: Any) -> str:

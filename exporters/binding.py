@@ -48,6 +48,29 @@ def check_tensors(
             )
 
 
+def rebind(bound: onnx.ModelProto, placed: Mapping[str, Placed]) -> None:
+    """Let the weights of a bound graph lie where ``placed`` says, in other shapes where it says so.
+
+    In place. Only the first axis of a table may grow: what is computed with it must not depend on its length.
+    """
+    import onnx
+
+    for tensor in bound.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = placed[tensor.name]
+            _locate(tensor, place)
+            del tensor.dims[:]
+            tensor.dims.extend(place.shape)
+
+
+def _locate(tensor: onnx.TensorProto, place: Placed) -> None:
+    """Write offset and length of an initializer's bytes."""
+    facts = {entry.key: entry for entry in tensor.external_data}
+    for key, value in (("offset", place.offset), ("length", place.nbytes)):
+        entry = facts.get(key) or tensor.external_data.add()
+        entry.key, entry.value = key, str(value)
+
+
 def bind(graph: onnx.ModelProto, placed: Mapping[str, Placed]) -> onnx.ModelProto:
     """A copy of ``graph`` whose weights lie where ``placed`` says.
 
@@ -73,10 +96,7 @@ def bind(graph: onnx.ModelProto, placed: Mapping[str, Placed]) -> onnx.ModelProt
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = placed[tensor.name]
-        facts = {entry.key: entry for entry in tensor.external_data}
-        for key, value in (("offset", place.offset), ("length", place.nbytes)):
-            entry = facts.get(key) or tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
+        _locate(tensor, place)
         if types[place.dtype] != tensor.data_type:
             tensor.data_type = types[place.dtype]
             casts[tensor.name] = tensor.name + CAST_SUFFIX

@@ -15,14 +15,21 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from .. import __version__
-from ..bundle import FORMAT_VERSION, MANIFEST, Bundle
+from ..bundle import FORMAT_VERSION, MANIFEST, Bundle, open_bundle
 from ..components import COMPONENTS, CONTRACTS
 from ..errors import CheckpointError
 from .adapters.base import AdapterRef
 from .adapters.plan import AdapterReport, BakePlan, plan_bake
+from .adapters.report import without
 from .binding import bind, check_tensors, weight_names
 from .buffers import Buffers
 from .checkpoints import Checkpoint
+from .embeddings.base import Embedding
+from .embeddings.bundles import facts, from_tokenizer, kept
+from .embeddings.insert import insert_tokens
+from .embeddings.plan import plan_tokens, tables_of
+from .embeddings.reading import bundled_embeddings, own_keys
+from .embeddings.tokenizers import known_tokens, ordinary_tokens
 from .graphs import architecture_digest, find_graph
 from .pipeline_files import json_bytes, pipeline_files
 from .publish import published
@@ -40,12 +47,16 @@ Judge = Callable[[Path], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, what of each adapter was applied, and for int8 how near it is to fp32."""
+    """What was written, what of each adapter was applied, and for int8 how near it is to fp32.
+
+    ``embeddings`` are the tokens that were added, with the number of vectors of each.
+    """
 
     output: Path
     size_bytes: int
     adapters: tuple[AdapterReport, ...]
     int8: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: Mapping[str, int] = field(default_factory=dict)
 
 
 class BundleWriter:
@@ -60,6 +71,7 @@ class BundleWriter:
         defaults: Mapping[str, Any],
         base: Bundle | None = None,
         int8: Int8Plan | None = None,
+        embeddings: tuple[Embedding, ...] = (),
     ) -> None:
         absent = {CONTRACTS[c].network for c in COMPONENTS} - set(checkpoint.networks)
         if absent:
@@ -81,6 +93,10 @@ class BundleWriter:
             check_tensors(component, weight_names(graph), self.tensors[CONTRACTS[component].network])
         shapes = {n: {name: info.shape for name, info in infos.items()} for n, infos in self.tensors.items()}
         self.plan: BakePlan = plan_bake(shapes, adapters)
+        bundled = [e for adapter, digest in self.plan.acting for e in bundled_embeddings(adapter, digest)]
+        self.tokens = plan_tokens(
+            (*embeddings, *bundled), tables_of(shapes), known_tokens(checkpoint.tokenizer_dir)
+        )
 
     def write(
         self,
@@ -98,14 +114,22 @@ class BundleWriter:
             for file, data in pipeline_files(self.checkpoint.tokenizer_dir, self.checkpoint.scheduler_config):
                 (folder / file).parent.mkdir(exist_ok=True)
                 self._bytes(folder, file, data)
+            insert_tokens(folder, components, self.files, self.tokens)
             if self.int8 is not None and self.int8.calibration is not None:
                 self._bytes(folder, BUNDLE_FILE, self.int8.calibration.to_json())
             self._manifest(folder, name, source, components)
             judged = judge(folder) if judge else {}
             if judged:
                 self._manifest(folder, name, source, components, judged)
-        size = sum(facts["size"] for facts in self.files.values())
-        return ExportReport(output, size, self.plan.reports, judged)
+        size = sum(file["size"] for file in self.files.values())
+        added = {token.embedding.token: len(token.ids) for token in self.tokens.tokens}
+        return ExportReport(output, size, self.reports, judged, added)
+
+    @property
+    def reports(self) -> tuple[AdapterReport, ...]:
+        """One for each adapter, in which the embeddings that came with it count as applied."""
+        brought = {digest: set(own_keys(adapter)) for adapter, digest in self.plan.acting}
+        return tuple(without(report, brought.get(report.digest, set())) for report in self.plan.reports)
 
     def _component(self, folder: Path, component: str) -> dict[str, Any]:
         network = CONTRACTS[component].network
@@ -132,13 +156,13 @@ class BundleWriter:
             self.int8.finish_graph(component, bound)
         self._bytes(folder, f"{component}/model.onnx", bound.SerializeToString(deterministic=True))
         self._bytes(folder, f"{component}/config.json", json_bytes(self.configs[network]))
-        facts: dict[str, Any] = {"int8": self.int8.facts(component)} if self.int8 is not None else {}
+        own: dict[str, Any] = {"int8": self.int8.facts(component)} if self.int8 is not None else {}
         return {
             "architecture": architecture_digest(component, self.configs[network]),
             "opset": max(o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")),
             "storage": {t: list(types.values()).count(t) for t in sorted(set(types.values()))},
             "parameters": parameters,
-        } | facts
+        } | own
 
     def _stream(
         self, component: str, names: list[str], infos: Mapping[str, TensorInfo], types: Mapping[str, str]
@@ -200,6 +224,7 @@ class BundleWriter:
         components: Mapping[str, Any],
         judged: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        embeddings = [*self._own_tokens(), *map(facts, self.tokens.tokens)]
         manifest = {
             "format_version": FORMAT_VERSION,
             "kiln_version": __version__,
@@ -209,25 +234,39 @@ class BundleWriter:
             "storage": self.storage,
             "defaults": self.defaults,
             "source": dict(source),
-            "adapters": [
-                {
-                    "name": report.path.stem,
-                    "sha256": report.digest,
-                    "unet_strength": report.unet_strength,
-                    "text_encoder_strength": report.text_encoder_strength,
-                }
-                for report in self.plan.reports
-            ],
-            "applied": [_applied(report) for report in self.plan.reports],
+            "adapters": [_baked(report) for report in self.reports],
+            **({"embeddings": embeddings} if embeddings else {}),
+            "applied": [_applied(report) for report in self.reports],
             **judged,
             "components": dict(components),
             "files": dict(sorted(self.files.items())),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
+    def _own_tokens(self) -> list[dict[str, Any]]:
+        """The embeddings that the checkpoint brings: of a bundle, or of a tokenizer that learnt tokens."""
+        if self.checkpoint.layout == "bundle":
+            return kept(open_bundle(self.checkpoint.path).embeddings)
+        return from_tokenizer(ordinary_tokens(self.checkpoint.tokenizer_dir), self.tokens.start)
+
     def _bytes(self, folder: Path, name: str, data: bytes) -> None:
         (folder / name).write_bytes(data)
         self.files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _baked(report: AdapterReport) -> dict[str, Any]:
+    """What of an adapter stands in the list of adapters: what it takes to ask for it again."""
+    row: dict[str, Any] = {
+        "name": report.path.stem,
+        "sha256": report.digest,
+        "unet_strength": report.unet_strength,
+        "text_encoder_strength": report.text_encoder_strength,
+    }
+    if report.rank is not None:
+        row["rank"] = report.rank
+    if report.blocks is not None:
+        row |= {"blocks": report.blocks.by_name(), "lbw": report.blocks.typed}
+    return row
 
 
 def _applied(report: AdapterReport) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from ..errors import BundleError, KilnError, UsageError
 from .adapters.base import AdapterRef
 from .bundle_writer import BundleWriter, ExportReport, Judge, Progress
 from .checkpoints import Checkpoint, open_checkpoint
+from .embeddings.base import Embedding, EmbeddingRef
+from .embeddings.bundles import add_embeddings, inside
+from .embeddings.reading import read_embeddings
 from .graphs import architecture_digest
 from .quantization.plan import INT8_PRECISIONS
 from .quantization.store import BUNDLE_FILE, read_calibration
@@ -35,6 +38,7 @@ class ExportSpec:
     ``vae`` and ``text_encoder`` name checkpoints to take those networks from. ``remember_source``
     writes the checkpoint's absolute path into the manifest, so that ``bake`` finds it again.
     ``cfg_scale`` is the guidance that ``generate`` uses for this model unless it is told one.
+    ``embeddings`` are tokens of textual inversion to add.
     """
 
     model: Path
@@ -50,6 +54,7 @@ class ExportSpec:
     remember_source: bool = True
     cfg_scale: float | None = None
     int8: Int8Options | None = None
+    embeddings: tuple[EmbeddingRef, ...] = ()
 
 
 def export(spec: ExportSpec, progress: Progress | None = None) -> ExportReport:
@@ -86,7 +91,8 @@ def export(spec: ExportSpec, progress: Progress | None = None) -> ExportReport:
             }
         name = spec.name or spec.output.resolve().name
         defaults = {} if spec.cfg_scale is None else {"cfg_scale": spec.cfg_scale}
-        make = partial(BundleWriter, checkpoint, progress=progress, defaults=defaults)
+        tokens = _read(spec.embeddings)
+        make = partial(BundleWriter, checkpoint, progress=progress, defaults=defaults, embeddings=tokens)
         job = _Job(make, spec.adapters, spec.storage, spec.output, name, source, spec.overwrite)
         return _write(job, spec.int8)
 
@@ -100,6 +106,7 @@ def bake(
     overwrite: bool = False,
     progress: Progress | None = None,
     int8: Int8Options | None = None,
+    embeddings: tuple[EmbeddingRef, ...] = (),
 ) -> ExportReport:
     """Make a new bundle with other adapters from one that exists, by rewriting weights only.
 
@@ -115,6 +122,7 @@ def bake(
         overwrite: replace a bundle at ``output``.
         progress: called while weights are written.
         int8: for an int8 bundle, how the new one is judged; None takes it without measuring.
+        embeddings: tokens of textual inversion to add; those inside the bundle stay.
 
     Raises:
         BundleError: the checkpoint is gone or has changed, and the bundle has adapters or int8 inside.
@@ -125,7 +133,9 @@ def bake(
         storage = str(bundle.manifest.get("storage", "auto"))
         defaults = bundle.manifest.get("defaults", {})
         base = None if bundle.adapters else bundle
-        make = partial(BundleWriter, checkpoint, progress=progress, defaults=defaults)
+        own = () if checkpoint.path == bundle.path else inside(bundle)
+        tokens = _new(_read(embeddings), own)
+        make = partial(BundleWriter, checkpoint, progress=progress, defaults=defaults, embeddings=tokens)
         source = dict(bundle.manifest["source"])
         if checkpoint.path == bundle.path:
             source = {"path": str(bundle.path.resolve()), "layout": "bundle"}
@@ -137,6 +147,35 @@ def bake(
             int8 = Int8Options(gate=False)
         kept = bundle.path / BUNDLE_FILE
         return _write(job, int8, kept if kept.is_file() else None)
+
+
+def add_tokens(
+    bundle: Bundle,
+    output: Path,
+    embeddings: tuple[EmbeddingRef, ...],
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Make a bundle with more embeddings and nothing else changed: adapters and int8 stay as they are.
+
+    Raises:
+        AdapterError: an embedding is unreadable, of another family, or its name is taken.
+        StorageError: the output exists, or the disk refused.
+    """
+    plan = add_embeddings(bundle, output, _read(embeddings), name=name, overwrite=overwrite)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return ExportReport(output, size, (), embeddings={t.embedding.token: len(t.ids) for t in plan.tokens})
+
+
+def _read(refs: tuple[EmbeddingRef, ...]) -> tuple[Embedding, ...]:
+    return tuple(embedding for ref in refs for embedding in read_embeddings(ref))
+
+
+def _new(asked: tuple[Embedding, ...], own: tuple[Embedding, ...]) -> tuple[Embedding, ...]:
+    """The embeddings of a bundle, and those asked for that it does not have."""
+    held = {(embedding.token, embedding.sha256) for embedding in own}
+    return (*own, *(e for e in asked if (e.token, e.sha256) not in held))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ _CLIP_KEYS = (
     "num_hidden_layers",
     "vocab_size",
 )
+# Vocabularies of the text encoders that ship. A longer one, of an encoder that learnt tokens, only makes the
+# embedding table longer: it is looked up under these, so that nothing has to be traced.
+_VOCABULARIES = (49408, 3271)
+_TABLE = "text_model.embeddings.token_embedding.weight"
 # What in a diffusers config does not decide the graph.
 _NOT_IN_GRAPH = frozenset(
     [
@@ -104,23 +108,43 @@ def find_graph(component: str, config: Mapping[str, Any]) -> onnx.ModelProto:
     Raises:
         GraphError: the graph is not shipped, not cached, and cannot be traced here.
     """
+    graph = _stored_graph(component, architecture_digest(component, config))
+    if graph is None and component == "text_encoder":
+        graph = _other_vocabulary(component, config)
+    if graph is not None:
+        return graph
+    from .tracing import trace
+
+    graph = trace(component, config)
+    # A cache that cannot be written costs the tracing again next time and nothing else.
+    with contextlib.suppress(OSError):
+        save_graph(graph, _cache_folder() / f"{component}-{architecture_digest(component, config)}.onnx.xz")
+    return graph
+
+
+def _other_vocabulary(component: str, config: Mapping[str, Any]) -> onnx.ModelProto | None:
+    """The graph of a text encoder with another number of tokens, its table as long as ``config`` says."""
+    for size in _VOCABULARIES:
+        graph = _stored_graph(component, architecture_digest(component, {**config, "vocab_size": size}))
+        if graph is not None:
+            table = next(tensor for tensor in graph.graph.initializer if tensor.name == _TABLE)
+            table.dims[0] = int(config["vocab_size"])
+            return graph
+    return None
+
+
+def _stored_graph(component: str, digest: str) -> onnx.ModelProto | None:
+    """A graph that ships or lies in the cache, None when there is none."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    digest = architecture_digest(component, config)
     for folder in (shipped_folder(), _cache_folder()):
         for path in folder.glob(f"*{component}-{digest}.onnx.xz"):
             try:
                 return onnx.load_model_from_string(lzma.decompress(path.read_bytes()))
             except (lzma.LZMAError, DecodeError, OSError, ValueError) as exc:
                 raise GraphError(f"{path} cannot be read ({exc}); delete it, and it is made again") from exc
-    from .tracing import trace
-
-    graph = trace(component, config)
-    # A cache that cannot be written costs the tracing again next time and nothing else.
-    with contextlib.suppress(OSError):
-        save_graph(graph, _cache_folder() / f"{component}-{digest}.onnx.xz")
-    return graph
+    return None
 
 
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:

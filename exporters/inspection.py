@@ -14,6 +14,8 @@ from ..bundle import Bundle, is_bundle, open_bundle
 from ..errors import AdapterError, CheckpointError, UsageError
 from .adapters.inspection import AdapterInspection, inspect_adapter
 from .checkpoints import Checkpoint, open_checkpoint
+from .embeddings.base import EmbeddingRef
+from .embeddings.reading import read_embeddings
 from .families import foreign_family
 from .folders import class_of
 from .parts import open_weights
@@ -110,9 +112,9 @@ def inspect_path(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe whatever lies at ``path``: a bundle, a checkpoint, one network's weights, or an adapter.
 
     Returns:
-        Plain values for JSON. ``kind`` is ``bundle``, ``checkpoint``, ``weights``, ``adapter``, or
-        ``other`` for an adapter of something that Kiln does not run, which ``what`` names. Numbers of
-        bytes end in ``_bytes``; ``storage`` counts tensors by the type they are stored in.
+        Plain values for JSON. ``kind`` is ``bundle``, ``checkpoint``, ``weights``, ``adapter``,
+        ``embedding``, or ``other`` for an adapter of something that Kiln does not run, which ``what`` names.
+        Numbers of bytes end in ``_bytes``; ``storage`` counts tensors by the type they are stored in.
 
     Raises:
         UsageError: there is nothing at ``path``.
@@ -151,6 +153,9 @@ def _file(path: Path) -> dict[str, Any]:
             return _adapter(found)
     except AdapterError as exc:
         refused = exc
+    embeddings = _embeddings(path)
+    if embeddings:
+        return embeddings
     with ExitStack() as stack:
         names = open_weights(path, stack).infos
         if refused and (foreign_family(names) or "").startswith("an adapter"):
@@ -165,6 +170,24 @@ def _file(path: Path) -> dict[str, Any]:
             size = path.stat().st_size
             return {"kind": "weights", "path": str(path), "size_bytes": size, "networks": _rows(reports)}
     return _checkpoint(inspect_checkpoint(path))
+
+
+def _embeddings(path: Path) -> dict[str, Any] | None:
+    """The tokens of a textual inversion embedding; None for a file that is none."""
+    try:
+        found = read_embeddings(EmbeddingRef(path))
+    except AdapterError:
+        return None
+    rows = [
+        {
+            "token": e.token,
+            "vectors": e.count,
+            "family": e.family,
+            "widths": [v.shape[1] for v in e.vectors.values()],
+        }
+        for e in found
+    ]
+    return {"kind": "embedding", "path": str(path), "embeddings": rows, "size_bytes": path.stat().st_size}
 
 
 def _rows(reports: Iterable[NetworkReport]) -> dict[str, dict[str, Any]]:
@@ -218,7 +241,13 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "family": bundle.family,
         "prediction_type": manifest.get("prediction_type", "epsilon"),
         "components": rows,
-        "adapters": [asdict(adapter) for adapter in bundle.adapters],
+        "adapters": [
+            {name: fact for name, fact in asdict(adapter).items() if fact is not None}
+            for adapter in bundle.adapters
+        ],
+        "embeddings": [
+            {"token": e.token, "vectors": len(e.ids), "sha256": e.sha256} for e in bundle.embeddings
+        ],
         "source": dict(manifest.get("source", {})),
         "size_bytes": sum(row["size"] for row in files.values()),
         "digest": bundle.content_digest,

@@ -62,22 +62,9 @@ class TorchFile:
             KilnError: of class ``error``: torch is missing or too old, the file is damaged, or holds objects
                 other than tensors.
         """
-        stream, _ = open_regular(path, error)
-        with stream:
-            head = stream.read(64)
-        if not is_pickle(head):
-            raise error(f"{path}: is {foreign_format(head) or 'not a torch file'}; expected a .ckpt of torch")
-        torch = _import_torch(path, error)
-        try:
-            # Only the zip form can be mapped; the old form is read whole.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
-        except MemoryError:
-            raise
-        except Exception as cause:  # torch raises whatever its readers meet in a damaged file
-            raise error(
-                f"{path}: torch refuses to read it safely (weights_only): {_first_line(cause)}. "
-                "It is damaged or holds more than tensors; look for the .safetensors of the same model"
-            ) from cause
+        loaded = load_object(path, error)
+        import torch
+
         return cls(path, _tensors_of(loaded, torch, path, error), error)
 
     def read(self, name: str, buffers: Buffers | None = None) -> np.ndarray:
@@ -97,6 +84,42 @@ class TorchFile:
     def close(self) -> None:
         """Let the mapped tensors go; reading afterwards is an error."""
         self._tensors = {}
+
+
+def load_object(path: Path, error: type[KilnError], *, modules: bool = False) -> object:
+    """What a torch file holds: tensors, and dicts and lists of them.
+
+    Args:
+        path: the file.
+        error: the class to raise.
+        modules: let ``ParameterDict`` through, in which old embeddings lie; it is given back as it was
+            stored, and nothing of it runs.
+
+    Raises:
+        KilnError: of class ``error``: torch is missing or too old, the file is damaged, or holds objects
+            other than tensors.
+    """
+    stream, _ = open_regular(path, error)
+    with stream:
+        head = stream.read(64)
+    if not is_pickle(head):
+        raise error(f"{path}: is {foreign_format(head) or 'not a torch file'}; expected a .ckpt of torch")
+    torch = _import_torch(path, error)
+    allowed = [torch.nn.ParameterDict] if modules else []
+    try:
+        # Only the zip form can be mapped; the old form is read whole.
+        with torch.serialization.safe_globals(allowed):
+            loaded: object = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK")
+            )
+    except MemoryError:
+        raise
+    except Exception as cause:  # torch raises whatever its readers meet in a damaged file
+        raise error(
+            f"{path}: torch refuses to read it safely (weights_only): {_first_line(cause)}. "
+            "It is damaged or holds more than tensors; look for the .safetensors of the same model"
+        ) from cause
+    return loaded
 
 
 def _first_line(cause: Exception) -> str:
@@ -125,6 +148,8 @@ def _tensors_of(loaded: object, torch: Any, path: Path, error: type[KilnError]) 
 
     A list of matrices is numbered as cloneofsimo/lora's safetensors files are.
     """
+    if isinstance(loaded, Mapping) and "string_to_param" in loaded:
+        raise error(f"{path}: is a textual inversion embedding; give it with --embedding FILE")
     if isinstance(loaded, list):
         return _numbered(loaded, torch, path, error)
     for _ in range(3):

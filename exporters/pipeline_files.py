@@ -10,7 +10,9 @@ from typing import Any
 from ..components import COMPONENTS
 from ..errors import CheckpointError
 
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 def pipeline_files(tokenizer: Path, scheduler: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -10,9 +10,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -24,12 +23,13 @@ from ..cache_locks import Claim, claim
 from ..cache_store import discard, enforce_limit
 from ..errors import AdapterError, BundleError, CheckpointError, StorageError, UsageError
 from .adapters.base import AdapterRef
+from .adapters.block_strengths import PRESETS
+from .embeddings.base import EmbeddingRef
 
 DEFAULT_MODEL = "emoji"
 _ATTEMPTS = 3  # each is lost only to another process that empties the cache at that moment
 
 log = logging.getLogger(__name__)
-_TAG = re.compile(r"<lora:([^:>]+)(?::([^>]*))?>")
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def bundled_adapters() -> dict[str, Path]:
     return {path.stem: path for path in sorted(root.glob("*.safetensors"))} if root.is_dir() else {}
 
 
-def locate_adapter(text: str) -> AdapterRef:
+def locate_adapter(text: str, presets: Mapping[str, str] = PRESETS) -> AdapterRef:
     """The adapter of ``FILE:STRENGTH``, where FILE may be the name of a bundled adapter.
 
     Raises:
-        UsageError: a strength that is no finite number.
+        UsageError: a strength that is no finite number, or other fields than ``AdapterRef.parse`` reads.
     """
-    ref = AdapterRef.parse(text)
+    ref = AdapterRef.parse(text, presets)
     bundled = bundled_adapters().get(str(ref.path))
     return replace(ref, path=bundled) if bundled and not ref.path.exists() else ref
 
@@ -85,8 +85,16 @@ def locate_model(model: str) -> Path:
     )
 
 
-def resolve_model(model: str, adapters: tuple[AdapterRef, ...] = (), *, storage: str = "auto") -> Resolved:
-    """Open the bundle of a model with adapters, exporting it into the cache if it is not there.
+def resolve_model(
+    model: str,
+    adapters: tuple[AdapterRef, ...] = (),
+    *,
+    storage: str = "auto",
+    embeddings: tuple[EmbeddingRef, ...] = (),
+) -> Resolved:
+    """Open the bundle of a model with adapters and embeddings, made in the cache if it is not there.
+
+    Embeddings are added to those of a bundle; where no adapters are asked for, those inside it stay.
 
     Raises:
         UsageError: there is no such model.
@@ -94,23 +102,42 @@ def resolve_model(model: str, adapters: tuple[AdapterRef, ...] = (), *, storage:
     """
     path = locate_model(model)
     for adapter in adapters:
-        if not adapter.path.is_file():
+        if not adapter.path.exists():
             raise AdapterError(f"no adapter file {adapter.path}; expected --lora FILE:STRENGTH")
     if is_bundle(path):
         bundle = open_bundle(path)
-        if not adapters:
+        if not adapters and not embeddings:
             return Resolved(bundle, made=False)
         base = bundle.content_digest
     else:
         bundle = None
         base = _checkpoint_fingerprint(path)
-    target = cache_folder("bundles") / _key(base, adapters, storage)
-    return _cached(target, path, bundle, adapters, storage)
+
+    def make(target: Path) -> None:
+        from .export import ExportSpec, add_tokens, bake, export
+
+        name = bundle.name if bundle else path.stem
+        if bundle is None:
+            export(ExportSpec(path, target, adapters, storage, name=name, embeddings=embeddings))
+        elif adapters:
+            bake(bundle, target, adapters, name=name, embeddings=embeddings)
+        else:
+            add_tokens(bundle, target, embeddings, name=name)
+
+    return cached_bundle(_key(base, adapters, storage, embeddings), make)
 
 
-def _cached(
-    target: Path, path: Path, bundle: Bundle | None, adapters: tuple[AdapterRef, ...], storage: str
-) -> Resolved:
+def cached_bundle(key: str, make: Callable[[Path], object]) -> Resolved:
+    """The bundle under a key of the cache, which ``make`` writes to the path it is given if it is not there.
+
+    Args:
+        key: ends with 12 or more hexadecimal digits, by which the cache knows its entries.
+        make: is called by one process at a time.
+
+    Raises:
+        StorageError: the cache cannot be written, or its entries vanish at once.
+    """
+    target = cache_folder("bundles") / key
     # Two processes that want the same model make it once; the lock dies with its process.
     with _lock(target):
         made = False
@@ -120,13 +147,7 @@ def _cached(
                 if made:
                     enforce_limit()
                 return Resolved(opened, made)
-            from .export import ExportSpec, bake, export
-
-            name = bundle.name if bundle else path.stem
-            if bundle:
-                bake(bundle, target, adapters, name=name)
-            else:
-                export(ExportSpec(path, target, adapters, storage, name=name))
+            make(target)
             made = True
         raise StorageError(f"{target} vanishes as soon as it is made; what else empties the cache?")
 
@@ -185,50 +206,43 @@ def _checkpoint_fingerprint(path: Path) -> str:
         return checkpoint.fingerprint()
 
 
-def _key(base: str, adapters: tuple[AdapterRef, ...], storage: str) -> str:
-    rows = [[file_sha256(a.path), a.path.stem, a.unet_strength, a.text_encoder_strength] for a in adapters]
-    return hashlib.sha256(json.dumps([__version__, base, rows, storage]).encode()).hexdigest()[:24]
+def _key(
+    base: str, adapters: tuple[AdapterRef, ...], storage: str, embeddings: tuple[EmbeddingRef, ...] = ()
+) -> str:
+    rows = [
+        [*_facts(a), a.unet_strength, a.text_encoder_strength, a.rank, a.blocks and a.blocks.factors]
+        for a in adapters
+    ]
+    facts: list[object] = [__version__, base, rows, storage]
+    if embeddings:
+        facts.append([[file_sha256(e.path), e.path.stem, e.token] for e in embeddings])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def prompt_adapters(prompt: str, folder: Path | None) -> tuple[str, tuple[AdapterRef, ...]]:
+def _facts(adapter: AdapterRef) -> list[str]:
+    """Digests of the files of an adapter, and its name, which the bundle remembers."""
+    from .adapters.open import weights_and_config
+
+    try:
+        return [*map(file_sha256, weights_and_config(adapter.path)), adapter.path.stem]
+    except OSError as exc:
+        raise AdapterError(f"{adapter.path}: cannot be read: {exc.strerror}") from exc
+
+
+def prompt_adapters(
+    prompt: str, folder: Path | None, presets: Mapping[str, str] = PRESETS
+) -> tuple[str, tuple[AdapterRef, ...]]:
     """Take A1111's ``<lora:name:strength>`` tags out of a prompt.
 
-    A tag is ``<lora:NAME>``, ``<lora:NAME:BOTH>`` or ``<lora:NAME:TEXT_ENCODER:UNET>``, as in A1111.
+    A tag is ``<lora:NAME>``, ``<lora:NAME:BOTH>`` or ``<lora:NAME:TEXT_ENCODER:UNET:RANK>``, as in A1111, and
+    any field may say its name: ``te=``, ``unet=``, ``dyn=``, and ``lbw=`` for block strengths.
 
     Returns:
-        The prompt without tags, and the adapters they name, looked up in ``folder``.
+        The prompt without tags, and the adapters they name: looked up in ``folder``, then among the bundled.
 
     Raises:
         UsageError: a tag without a folder to look in, an unknown name, or a strength that is no number.
     """
-    found = []
-    for tag in _TAG.finditer(prompt):
-        path = _tagged_file(tag, folder)
-        try:
-            numbers = [float(n) for n in (tag.group(2) or "1").split(":")]
-        except ValueError:
-            raise UsageError(
-                f"{tag.group(0)} has a strength that is no number; expected <lora:name:0.8>"
-            ) from None
-        if len(numbers) > 2:
-            raise UsageError(f"{tag.group(0)} has {len(numbers)} strengths; expected one or two")
-        found.append(AdapterRef(path, unet_strength=numbers[-1], text_encoder_strength=numbers[0]))
-    return _TAG.sub("", prompt).strip(), tuple(found)
+    from .prompt_tags import AdapterFolder, take_tags
 
-
-def _tagged_file(tag: re.Match[str], folder: Path | None) -> Path:
-    """The file of a prompt's tag: in the folder given, else among the bundled adapters."""
-    name, bundled = tag.group(1), bundled_adapters()
-    if folder is None:
-        if name in bundled:
-            return bundled[name]
-        raise UsageError(
-            f"the prompt asks for {tag.group(0)}; say where the files are with --lora-dir FOLDER"
-        )
-    path = folder / f"{name}.safetensors"
-    if path.is_file():
-        return path
-    if name in bundled:
-        return bundled[name]
-    known = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
-    raise UsageError(f"{folder} has no {path.name}, which {tag.group(0)} asks for; its adapters: {known}")
+    return take_tags(prompt, AdapterFolder(folder, bundled_adapters()), presets)

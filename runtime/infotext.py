@@ -90,6 +90,7 @@ def build_parameters(
     model: str | None = None,
     rng: str | None = None,
     lora_hashes: Mapping[str, str] | None = None,
+    ti_hashes: Mapping[str, str] | None = None,
     version: str = VERSION,
 ) -> str:
     """The text of an image Kiln made.
@@ -108,12 +109,12 @@ def build_parameters(
         model: name.
         rng: title of the noise stream, see ``RNG_TITLES``.
         lora_hashes: hex digest by name; the first 12 digits are kept, and ``:`` and ``,`` go from names.
+        ti_hashes: the same for the embeddings that the prompts name.
         version: program and its version.
 
     Returns:
         Text for the PNG key ``parameters``.
     """
-    loras = {re.sub("[:,]", "", name): digest[:12] for name, digest in (lora_hashes or {}).items()}
     fields = {
         "Steps": steps,
         "Sampler": sampler,
@@ -124,10 +125,16 @@ def build_parameters(
         "Model hash": model_hash,
         "Model": model,
         "RNG": rng,
-        "Lora hashes": ", ".join(f"{name}: {digest}" for name, digest in loras.items()) or None,
+        "Lora hashes": _hashes(lora_hashes or {}),
+        "TI hashes": _hashes(ti_hashes or {}),
         "Version": version,
     }
     return build_infotext(prompt, negative_prompt, fields)
+
+
+def _hashes(digests: Mapping[str, str]) -> str | None:
+    cleaned = {re.sub("[:,]", "", name): digest[:12] for name, digest in digests.items()}
+    return ", ".join(f"{name}: {digest}" for name, digest in cleaned.items()) or None
 
 
 def _text(value: object) -> str:

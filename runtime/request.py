@@ -24,6 +24,8 @@ class Request:
     draws one; image i of ``count`` uses ``seed + i``. ``batch_size`` images are denoised together.
     ``rng`` is whose noise is reproduced, torch's on the CPU or on a GPU. ``cfg_scale`` 1 and below
     leaves the negative prompt out and halves the work; None takes the model's own, else 7.
+    ``typed_prompt`` is what images remember as their prompt, with tags that were taken out before; None is
+    ``prompt`` itself.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class Request:
     sampler: str = "euler"
     schedule: str = "normal"
     rng: str = "cpu"
+    typed_prompt: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field.

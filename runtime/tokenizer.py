@@ -13,12 +13,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Regex, models, pre_tokenizers  # type: ignore[import-untyped]
 
 from ..errors import BundleError, UsageError
+from .triggers import Triggers
 
 DEFAULT_MAX_LENGTH = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -60,7 +62,12 @@ class ClipTokenizer:
     """Prompts to ids; made by ``open``."""
 
     def __init__(
-        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special: _Special, max_length: int
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        special: _Special,
+        max_length: int,
+        embeddings: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         """Use ``open`` instead, which reads the folder."""
         self.max_length = max_length
@@ -71,16 +78,23 @@ class ClipTokenizer:
         )
         self._words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
         self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        literal = sorted(special.ids, key=len, reverse=True)
+        self._triggers = Triggers(embeddings, _clean)
+        rows = {number for ids in embeddings.values() for number in ids}
+        self._taken = {name: i for name, i in special.ids.items() if i not in rows}
+        literal = sorted(self._taken, key=len, reverse=True)
         self._literals = re.compile("(" + "|".join(map(re.escape, literal)) + ")")
 
     @classmethod
-    def open(cls, tokenizer_dir: Path) -> ClipTokenizer:
+    def open(
+        cls, tokenizer_dir: Path, embeddings: Mapping[str, Sequence[int]] = MappingProxyType({})
+    ) -> ClipTokenizer:
         """Read a diffusers ``tokenizer`` folder.
 
         Args:
             tokenizer_dir: holds vocab.json and merges.txt, and as a rule tokenizer_config.json and
                 special_tokens_map.json.
+            embeddings: tokens of textual inversion and the ids of their vectors, all of which a token in a
+                prompt stands for.
 
         Raises:
             BundleError: a file is missing or makes no sense.
@@ -92,7 +106,7 @@ class ClipTokenizer:
             merges = [(left, right) for left, right in (line.split() for line in lines)]
             added = _read_json(tokenizer_dir / "added_tokens.json", optional=True)
             special = _special_tokens(config, vocab, added)
-            return cls(vocab, merges, special, _max_length(config))
+            return cls(vocab, merges, special, _max_length(config), embeddings)
         except OSError as error:
             raise BundleError(f"{error.filename}: {error.strerror}; a CLIP tokenizer needs it") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -131,16 +145,21 @@ class ClipTokenizer:
             ) from error
         ids: list[int] = []
         for piece in self._literals.split(text):
-            if piece in self._special.ids:
-                ids.append(self._special.ids[piece])
-            elif piece:
-                ids += self._ordinary(piece)
+            if piece in self._taken:
+                ids.append(self._taken[piece])
+                continue
+            for part in self._triggers.split(_clean(piece)):
+                ids += self._ordinary(part) if isinstance(part, str) else part
         return ids
 
+    def embeddings_in(self, text: str) -> tuple[str, ...]:
+        """The tokens of textual inversion that a text names, each once."""
+        return self._triggers.found(text)
+
     def _ordinary(self, text: str) -> list[int]:
-        """Ids of a piece of text that holds no special token as it was typed."""
+        """Ids of a piece of cleaned text that holds no special token as it was typed."""
         ids: list[int] = []
-        for word, _ in self._words.pre_tokenize_str(_clean(text)):
+        for word, _ in self._words.pre_tokenize_str(text):
             if word in (_START, _END):
                 ids.append(self._vocab.get(word, self._vocab[self._special.unk]))
                 continue
@@ -172,6 +191,11 @@ def _clean(text: str) -> str:
             kept.append(char)
     spaced = unicodedata.normalize("NFC", _CJK.sub(r" \1 ", "".join(kept)))
     return " ".join(" ".join(word.lower() for word in spaced.split()).split())
+
+
+def names_in(text: str, name: str) -> bool:
+    """Whether a text names a token of textual inversion that is called ``name``."""
+    return bool(Triggers({name: (0,)}, _clean).found(text))
 
 
 def _byte_letters() -> dict[str, int]:

@@ -18,13 +18,11 @@ import numpy as np
 
 from ...errors import AdapterError, UsageError
 from ..tensors import TensorSource
+from .block_strengths import PRESETS, BlockStrengths
+from .spelling import EXPECTED, split_file
 
-EXTENSIONS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64"})
-_EXPECTED = (
-    "expected FILE, FILE:STRENGTH or FILE:UNET_STRENGTH:TEXT_ENCODER_STRENGTH, such as style.safetensors:0.8"
-)
 
 
 @dataclass(frozen=True)
@@ -32,19 +30,21 @@ class AdapterRef:
     """A request for one adapter: where it is and how strongly it acts on each network.
 
     ``rank`` cuts a LoRA that was trained to be cut (DyLoRA) to its first ranks; None keeps them all.
+    ``blocks`` multiplies the strength block by block; None is 1 everywhere.
     """
 
     path: Path
     unet_strength: float = 1.0
     text_encoder_strength: float | None = None
     rank: int | None = None
+    blocks: BlockStrengths | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"{self.path}: cannot be cut to the rank {self.rank}; expected 1 or more")
         for value in (self.unet_strength, self.text_encoder_strength):
             if value is not None and not math.isfinite(value):
-                raise UsageError(f"{self.path}: the strength {value} is not a finite number; {_EXPECTED}")
+                raise UsageError(f"{self.path}: the strength {value} is not a finite number; {EXPECTED}")
 
     def strength(self, network: str) -> float:
         """The strength on ``network``; text encoders follow the UNet unless they have their own."""
@@ -52,37 +52,31 @@ class AdapterRef:
             return self.text_encoder_strength
         return self.unet_strength
 
-    @classmethod
-    def parse(cls, text: str) -> AdapterRef:
-        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5`` (UNet, then text encoder).
+    def strength_in(self, network: str, block: str | None) -> float:
+        """The strength in one block of a network, of ``block_strengths.BLOCKS``; None is outside of all."""
+        factor = 1.0 if self.blocks is None else self.blocks.factor(block)
+        return self.strength(network) * factor if factor else 0.0
 
-        Strengths are taken from the right, so a path may hold colons; a path that exists as typed is
+    @property
+    def acts(self) -> bool:
+        """Whether the strength is other than 0 anywhere."""
+        factors = (1.0,) if self.blocks is None else self.blocks.factors
+        return any(factors) and bool(self.unet_strength or self.text_encoder_strength)
+
+    @classmethod
+    def parse(cls, text: str, presets: Mapping[str, str] = PRESETS) -> AdapterRef:
+        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5`` (UNet, then text encoder), and named fields.
+
+        After them may come ``:te=0.5``, ``:unet=0.8``, ``:dyn=4`` and ``:lbw=INS`` or ``:lbw=1,0,...``.
+        Fields are taken from the right, so a path may hold colons; a path that exists as typed is
         taken as a whole.
 
         Raises:
             UsageError: no path, a strength that is not a finite number, or too many strengths.
         """
-        head = text
-        strengths: list[float] = []
-        while len(strengths) < 2 and ":" in head and not _exists(head):
-            rest, _, field = head.rpartition(":")
-            try:
-                strengths.insert(0, float(field))
-            except ValueError:
-                break
-            head = rest
-        left_over = any(f"{extension}:" in head.lower() for extension in EXTENSIONS) and not _exists(head)
-        if not head.strip() or left_over:
-            raise UsageError(f"cannot read the adapter {text!r}: {_EXPECTED}")
-        unet, text_encoder = [*strengths, None, None][:2]
-        return cls(Path(head), 1.0 if unet is None else unet, text_encoder)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return bool(text) and Path(text).exists()
-    except (OSError, ValueError):  # too long, or a NUL byte
-        return False
+        head, fields = split_file(text, presets)
+        unet = 1.0 if fields.unet is None else fields.unet
+        return cls(Path(head), unet, fields.text_encoder, fields.rank, fields.blocks)
 
 
 @dataclass(frozen=True)

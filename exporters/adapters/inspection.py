@@ -46,12 +46,13 @@ def inspect_adapter(path: Path) -> AdapterInspection:
     """
     adapter = open_adapter(path)
     try:
-        return _describe(adapter)
+        return inspect_opened(adapter)
     finally:
         adapter.source.close()
 
 
-def _describe(adapter: Adapter) -> AdapterInspection:
+def inspect_opened(adapter: Adapter) -> AdapterInspection:
+    """Describe an adapter that is open, and stays so."""
     known = [module for module in adapter.modules if module.format]
     infos = adapter.source.infos
     foreign = foreign_kind(infos)

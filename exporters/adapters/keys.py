@@ -191,17 +191,33 @@ def positional_order(network: str, modules: Iterable[str], count: int) -> list[s
     """Modules in the order in which cloneofsimo/lora numbers them; empty when ``count`` fits no such file.
 
     The UNet of that time registered its middle block last. Each transformer block gives its attentions, with
-    the GEGLU projection between them when that was trained too; each CLIP layer gives k, v, q, out.
+    the GEGLU projection between them when that was trained too; each CLIP layer gives k, v, q, out. The
+    extended lists of the UNet go on, in each block, with its residual layers.
     """
+    modules = list(modules)
     end = ".attn1.to_q" if network == UNET else ".self_attn.q_proj"
     blocks = sorted((path[: -len(end)] for path in modules if path.endswith(end)), key=_registration)
     first, second = ([f"attn{n}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] for n in (1, 2))
     clip = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")]
     layouts = ([*first, *second], [*first, "ff.net.0.proj", *second]) if network == UNET else (clip,)
-    for layout in layouts:
-        if count and count == len(blocks) * len(layout):
-            return [f"{block}.{name}" for block in blocks for name in layout]
-    return []
+    orders = [[f"{block}.{name}" for block in blocks for name in layout] for layout in layouts]
+    if network == UNET:
+        residual = [path for path in modules if _RESIDUAL.search(path)]
+        orders += [sorted([*order, *residual], key=_extended) for order in orders]
+    return next((order for order in orders if count and len(order) == count), [])
+
+
+_RESIDUAL = re.compile(r"\.resnets\.\d+\.(conv1|time_emb_proj|conv2|conv_shortcut)$")
+_RESIDUAL_LAYERS = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
+
+
+def _extended(path: str) -> tuple[object, ...]:
+    """Of a block its attentions, which are in order already, then its residual layers."""
+    group, numbers = _registration(path)
+    block = (group, numbers[:1] if group < 2 else ())
+    if not (found := _RESIDUAL.search(path)):
+        return (*block, 0)
+    return (*block, 1, numbers[len(block[1])], _RESIDUAL_LAYERS.index(found[1]))
 
 
 def _registration(path: str) -> tuple[int, tuple[int, ...]]:

@@ -72,7 +72,7 @@ def match_adapter(adapter: Adapter, index: ModuleIndex, keep_rank: int | None = 
             raise AdapterError(f"{adapter.path}: {both} are the same module ({location.module})")
         taken[location] = module.stem
         modules[location.network] += 1
-        tensors = _tensors(adapter, module, location, keep_rank)
+        tensors = module_tensors(adapter, module, location, keep_rank)
         reasons.update({module.keys[name]: f"not read by {module.format}" for name in unused(module.keys)})
         for update in updates_of(tensors):
             target = location.tensor(update.parameter)
@@ -93,17 +93,17 @@ def match_adapter(adapter: Adapter, index: ModuleIndex, keep_rank: int | None = 
 
 def _loose(key: str) -> str:
     if _EMBEDDING.search(key):
-        return "a token's embedding, which is no change of a layer"
+        return "a token's embedding, which comes with the adapter where it acts"
     return "no parameter that Kiln knows"
 
 
 def _unplaced(module: AdapterModule) -> str:
     if _EMBEDDING.search(module.stem):
-        return "a token's embedding, which is no change of a layer"
+        return "a token's embedding, which comes with the adapter where it acts"
     return "the model has no such layer" if module.format else "its module has no tensor that changes a layer"
 
 
-def _tensors(
+def module_tensors(
     adapter: Adapter, module: AdapterModule, location: Location, keep_rank: int | None
 ) -> ModuleTensors:
     """The module with what the configuration says about it, and what the request does."""

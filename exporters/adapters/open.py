@@ -13,11 +13,11 @@ from ..pickles import TorchFile
 from ..tensors import TensorFile, TensorSource
 from .formats import format_name, split_key
 from .keys import dialect_of
-from .scaling import Scaling, read_scaling
+from .scaling import CONFIG_NAME, Scaling, read_scaling
 
 MAX_KEYS = 200_000  # the largest SDXL files of full coverage have about 6,000
 MAX_ELEMENTS = 2**31  # 8 GiB in float32; a rank-1024 SD1 LoRA has a fifth of that
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 _METADATA = (
     "ss_base_model_version",
     "ss_v2",
@@ -100,12 +100,38 @@ def _file_of(path: Path) -> Path:
     """The file itself, or the weights in a folder."""
     if not path.is_dir():
         return path
-    found = next((path / name for name in _PEFT_FILES if (path / name).is_file()), None)
+    found = next((path / name for name in PEFT_FILES if (path / name).is_file()), None)
     if found is None:
         raise AdapterError(
-            f"{path}: is a folder without {' or '.join(_PEFT_FILES)}; give the adapter file itself"
+            f"{path}: is a folder without {' or '.join(PEFT_FILES)}; give the adapter file itself"
         )
     return found
+
+
+def weights_and_config(path: Path) -> tuple[Path, ...]:
+    """Every file that decides what an adapter does: its weights, and PEFT's configuration beside them.
+
+    Raises:
+        AdapterError: a folder without weights that PEFT would write.
+    """
+    file = _file_of(path)
+    config = file.with_name(CONFIG_NAME)
+    return (file, config) if config.is_file() else (file,)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors`` file, from its header; a torch file has none.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    source = TensorFile.open(path, error=AdapterError)
+    try:
+        return dict(source.metadata)
+    finally:
+        source.close()
 
 
 def _open_source(path: Path) -> TensorSource:

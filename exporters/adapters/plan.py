@@ -7,6 +7,7 @@ given. An update sees the running weight, so formats that depend on it compose i
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,12 @@ import numpy as np
 
 from ...errors import AdapterError
 from .base import AdapterRef, WeightUpdate
+from .block_strengths import BASE, unet_blocks
 from .blocks import Change, Size, Workspace, add_whole, bake_blocks, squared, store
 from .halves import widen
-from .keys import ModuleIndex
+from .keys import TEXT, TEXT_2, UNET, ModuleIndex
 from .match import Matched, Target, match_adapter
-from .open import open_adapter
+from .open import Adapter, open_adapter
 from .report import AdapterReport
 
 __all__ = ["AdapterReport", "BakePlan", "plan_bake"]
@@ -52,6 +54,8 @@ class _Step:
 class BakePlan:
     """Everything needed to bake: the updates of each tensor, and a report on each adapter.
 
+    ``acting`` are the open adapters that act on some network, with the digests of their files.
+
     The adapter files stay open until ``close``, or until the plan is no longer used.
     """
 
@@ -59,6 +63,7 @@ class BakePlan:
     _steps: Mapping[Target, tuple[_Step, ...]]
     _close: Callable[[], None] = field(repr=False)
     _work: Workspace = field(default_factory=Workspace, repr=False)
+    acting: tuple[tuple[Adapter, str], ...] = field(default=(), repr=False)
 
     @property
     def reports(self) -> tuple[AdapterReport, ...]:
@@ -159,30 +164,57 @@ def plan_bake(
             or infinity, or matches nothing at all.
     """
     index = ModuleIndex(targets)
+    blocks = _blocks(targets) if any(ref.blocks for ref in refs) else {}
     steps: dict[Target, list[_Step]] = {}
     reports = []
     with ExitStack() as stack:
         opened: dict[tuple[Path, int | None], Matched] = {}
         for ref in refs:
-            key = (ref.path.resolve(), ref.rank)
+            key = _key(ref)
             if key not in opened:
                 adapter = open_adapter(ref.path)
                 stack.callback(adapter.source.close)
                 opened[key] = match_adapter(adapter, index, ref.rank)
             own = []
+            left_out: Counter[str] = Counter()
             for target, update, label in opened[key].updates:
-                strength = ref.strength(target[0])
+                block = blocks.get(target)
+                strength = ref.strength_in(target[0], block)
                 if strength != 0:
                     own.append(_Step(update, strength, label, target))
                     steps.setdefault(target, []).append(own[-1])
-            reports.append((_report(ref, opened[key]), tuple(own)))
+                elif ref.blocks and block and block not in ref.blocks.listed:
+                    left_out[block] += 1
+            reports.append((_report(ref, opened[key], left_out), tuple(own)))
         closing = stack.pop_all()
-    plan = BakePlan(tuple(reports), {target: tuple(row) for target, row in steps.items()}, closing.close)
+    acting = [opened[_key(ref)] for ref in refs if ref.acts]
+    plan = BakePlan(
+        tuple(reports),
+        {target: tuple(row) for target, row in steps.items()},
+        closing.close,
+        acting=tuple((matched.adapter, matched.digest) for matched in acting),
+    )
     weakref.finalize(plan, closing.close)  # for callers that let the plan go without closing it
     return plan
 
 
-def _report(ref: AdapterRef, matched: Matched) -> AdapterReport:
+def _blocks(targets: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[Target, str]:
+    """The block of each tensor that lies in one."""
+    found = {
+        (network, name): BASE
+        for network, names in targets.items()
+        if network in (TEXT, TEXT_2)
+        for name in names
+    }
+    return found | {(UNET, name): block for name, block in unet_blocks(targets.get(UNET, {})).items()}
+
+
+def _key(ref: AdapterRef) -> tuple[Path, int | None]:
+    """What two requests have in common that are the same modules of the same file."""
+    return ref.path.resolve(), ref.rank
+
+
+def _report(ref: AdapterRef, matched: Matched, left_out: Mapping[str, int]) -> AdapterReport:
     return AdapterReport(
         path=ref.path,
         digest=matched.digest,
@@ -195,4 +227,6 @@ def _report(ref: AdapterRef, matched: Matched) -> AdapterReport:
         matched_keys=matched.keys,
         reasons=matched.reasons,
         rank=ref.rank,
+        blocks=ref.blocks,
+        unlisted_blocks=dict(left_out),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from .block_strengths import BlockStrengths
 
 EXPLOSION = 2.0
 """Length of a change over that of its weight from which on hardly anything of the weight is left."""
@@ -21,7 +23,8 @@ class AdapterReport:
     tensors that they have. ``unmatched_keys`` were not applied, and ``reasons`` says of each why. ``path`` is
     as given, ``digest`` the SHA-256 of the weights file. ``changes`` has the length of each change over that
     of its weight, by ``network.tensor``, for the tensors that have been baked; ``rank`` is that to which the
-    adapter was cut.
+    adapter was cut. ``blocks`` are its block strengths, ``unlisted_blocks`` counts the changes left out
+    because they lie in a block that the list does not name.
     """
 
     path: Path
@@ -36,10 +39,25 @@ class AdapterReport:
     reasons: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, float] = field(default_factory=dict)
     rank: int | None = None
+    blocks: BlockStrengths | None = None
+    unlisted_blocks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know before looking at the pictures; none before anything is baked."""
+        """What a person should know before looking at the pictures; few before anything is baked."""
+        return (*self._left_out(), *self._sizes())
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Blocks that a short list of block strengths does not name, which it thereby switches off."""
+        if self.blocks is None or not self.unlisted_blocks:
+            return ()
+        names, count = ", ".join(self.unlisted_blocks), sum(self.unlisted_blocks.values())
+        return (
+            f"the {len(self.blocks.listed)} block strengths say nothing of {names}, so {count} changes there "
+            "are left out; a list of 26 numbers names every block",
+        )
+
+    def _sizes(self) -> tuple[str, ...]:
         if not self.changes:
             return ()
         if max(self.changes.values()) <= NOTHING:
@@ -58,3 +76,14 @@ class AdapterReport:
             f"{EXPLOSION:g} times their own length, {worst} by {exploded[worst]:.3g} times; "
             "lower its strength, or take the base that it was trained on",
         )
+
+
+def without(report: AdapterReport, keys: Collection[str]) -> AdapterReport:
+    """The report with keys counted as applied that another part of Kiln took."""
+    taken = [key for key in report.unmatched_keys if key in keys]
+    return replace(
+        report,
+        unmatched_keys=tuple(key for key in report.unmatched_keys if key not in keys),
+        reasons={key: reason for key, reason in report.reasons.items() if key not in keys},
+        matched_keys=report.matched_keys + len(taken),
+    )

@@ -1,0 +1,136 @@
+"""A folder of embeddings, and the commands that take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
+
+from kiln.cli import main
+from kiln.errors import UsageError
+from kiln.exporters.embeddings.base import EmbeddingRef
+from kiln.exporters.embeddings.folder import embeddings_named
+from kiln.exporters.resolve import bundled_models
+from kiln.runtime.tokenizer import names_in
+
+Run = Callable[..., Result]
+
+
+def vectors(count: int = 2, width: int = 256, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, width), scale=0.3).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two that fit the bundled model, one of SD1, one with a token, one broken, and what is no embedding."""
+    (tmp_path / "e/sub").mkdir(parents=True)
+    save_file({"emb_params": vectors()}, tmp_path / "e/EasyToy.safetensors")
+    save_file({"emb_params": vectors(seed=1)}, tmp_path / "e/sub/badhand.safetensors")
+    save_file({"emb_params": vectors(width=768)}, tmp_path / "e/wide.safetensors")
+    save_file({"<birb>": vectors(1, seed=2)[0]}, tmp_path / "e/learned_embeds.safetensors")
+    (tmp_path / "e/broken.pt").write_bytes(b"PK\x03\x04 <birb> and no more")
+    (tmp_path / "e/apple.txt").touch()
+    return tmp_path / "e"
+
+
+def named(folder: Path, prompts: str) -> list[tuple[str, str | None]]:
+    found = embeddings_named(folder, prompts, lambda name: names_in(prompts, name))
+    return [(ref.path.name, ref.token) for ref in found]
+
+
+def test_a_prompt_takes_what_it_names(folder: Path) -> None:
+    assert named(folder, "red apple") == []
+    assert named(folder, "an easytoy\nbadhand, ugly") == [
+        ("EasyToy.safetensors", "EasyToy"),
+        ("badhand.safetensors", "badhand"),
+    ]
+    assert named(folder, "a <birb>.") == [("learned_embeds.safetensors", "<birb>")]
+    assert named(folder, "a birb, easytoys") == []
+    assert named(folder, "broken") == [
+        ("broken.pt", "broken")
+    ]  # asked for by name: it is opened, and refused
+
+
+def test_a_folder_that_is_not_there_or_ambiguous(folder: Path) -> None:
+    with pytest.raises(UsageError, match="is not a folder"):
+        named(folder / "none", "x")
+    save_file({"emb_params": vectors()}, folder / "sub/EasyToy.safetensors")
+    assert named(folder, "red apple") == []
+    with pytest.raises(UsageError, match=r"'EasyToy' could be .* or .*say which"):
+        named(folder, "EasyToy")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in an empty folder, with a cache outside it."""
+    if "emoji" not in bundled_models():
+        pytest.skip("the bundled model is not in this checkout")
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "here")
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_generate_uses_what_the_prompts_name(run: Run, folder: Path) -> None:
+    from PIL import Image
+
+    pytest.importorskip("onnxruntime")
+    words = ["--backend", "onnxruntime", "--steps", "2", "-s", "1", "-q", "--embedding-dir", folder]
+    texts, pixels = {}, {}
+    for name, prompt, negative in (
+        ("plain", "red apple", ""),
+        ("toy", "red EasyToy apple", ""),
+        ("negative", "red apple", "badhand"),
+    ):
+        result = run("generate", prompt, "-n", negative, *words, "-o", f"{name}.png")
+        assert result.exit_code == 0, result.output
+        with Image.open(f"{name}.png") as image:
+            texts[name], pixels[name] = image.text["parameters"], np.asarray(image)  # type: ignore[attr-defined]
+    assert "TI hashes" not in texts["plain"]
+    assert texts["toy"].startswith("red EasyToy apple\n")
+    assert 'TI hashes: "EasyToy: ' in texts["toy"]
+    assert "Negative prompt: badhand\n" in texts["negative"]
+    assert 'TI hashes: "badhand: ' in texts["negative"]
+    assert not np.array_equal(pixels["plain"], pixels["toy"])
+    assert not np.array_equal(pixels["plain"], pixels["negative"])
+
+
+def test_what_does_not_fit_is_refused_where_it_is_asked_for(run: Run, folder: Path) -> None:
+    refused = run("generate", "a wide apple", "--embedding-dir", folder, "-o", "x.png")
+    assert refused.exit_code == 1
+    assert "'wide' is for SD1: its vectors are 768 wide" in refused.stderr
+    assert list(Path().iterdir()) == []
+    refused = run("generate", "a broken apple", "--embedding-dir", folder, "-o", "x.png")
+    assert (refused.exit_code, "broken.pt" in refused.stderr) == (1, True)
+    refused = run("generate", "an apple", "--embedding", "none.pt")
+    assert (refused.exit_code, "no embedding file 'none.pt'" in refused.stderr) == (2, True)
+
+
+def test_bake_and_inspect(run: Run, folder: Path) -> None:
+    lora = next(iter(bundled_models().values())).parent / "emoji-flat.safetensors"
+    steps = [
+        ("bake", "emoji", "-o", "styled", "--lora", f"{lora}:0.5"),
+        ("bake", "styled", "-o", "both", "--embedding", f"{folder / 'EasyToy.safetensors'}:mytoy"),
+        ("bake", "both", "-o", "more", "--embedding", folder / "learned_embeds.safetensors"),
+    ]
+    for words in steps:
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+    assert "token <birb>: 1 vector\n" in result.stderr
+    said = json.loads(run("inspect", "more", "--json").stdout)
+    assert [(row["token"], row["vectors"]) for row in said["embeddings"]] == [("mytoy", 2), ("<birb>", 1)]
+    assert [row["name"] for row in said["adapters"]] == ["emoji-flat"]
+    refused = run("bake", "more", "-o", "again", "--embedding", f"{folder / 'sub/badhand.safetensors'}:MyToy")
+    assert (refused.exit_code, "'mytoy' is a token already" in refused.stderr) == (1, True)
+    assert not Path("again").exists()
+
+
+def test_a_reference_is_a_file_and_a_token(folder: Path) -> None:
+    path = folder / "EasyToy.safetensors"
+    assert EmbeddingRef.parse(str(path)) == EmbeddingRef(path)
+    assert EmbeddingRef.parse(f"{path}:<toy>") == EmbeddingRef(path, "<toy>")
