@@ -1,4 +1,4 @@
-"""Write a folder beside its final name and rename it: a reader sees all of it or nothing."""
+"""Write a folder or a file beside its final name and rename it: a reader sees all of it or nothing."""
 
 from __future__ import annotations
 
@@ -30,16 +30,53 @@ _STALE = re.compile(rf"\.(?P<target>.+)\.{_HOST}\.(?P<pid>\d+)\.[0-9a-f]{{8}}\.(
 
 
 @contextlib.contextmanager
-def published(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def published(
+    target: Path, *, overwrite: bool = False, marker: str = "kiln.json", kind: str = "bundle"
+) -> Iterator[Path]:
     """Give an empty folder on the same file system that becomes ``target`` when the block ends well.
 
-    When the block fails, whatever the reason, SIGTERM included, nothing is left behind.
+    When the block fails, whatever the reason, SIGTERM included, nothing is left behind. A folder is only
+    replaced if it holds ``marker``, which shows that it is a ``kind`` and nothing of the user's own.
 
     Raises:
         StorageError: ``target`` exists (and may not be replaced), or the disk refused.
     """
     target = Path(os.path.abspath(target))  # "." has no name to put another beside
-    _check_replaceable(target, overwrite)
+    _check_replaceable(target, overwrite, marker, kind)
+    with _beside(target) as partial:
+        yield partial
+        _sync(partial)
+        _replace(partial, target)
+
+
+@contextlib.contextmanager
+def published_file(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a path on the same file system; the file written there becomes ``target`` when the block ends
+    well.
+
+    Raises:
+        StorageError: ``target`` exists (and may not be replaced) or is a folder, or the disk refused.
+    """
+    target = Path(os.path.abspath(target))
+    check_free(target, overwrite=overwrite)
+    with _beside(target) as partial:
+        yield partial / target.name
+        _sync(partial)
+        check_free(target, overwrite=overwrite)  # another may have come while this one was made
+        (partial / target.name).replace(target)
+
+
+def check_free(target: Path, *, overwrite: bool = False) -> None:
+    """Raise a StorageError when a file cannot become ``target``, before work is spent on it."""
+    if target.is_dir():
+        raise StorageError(f"{target} is a folder; expected the name of a file to write")
+    if not overwrite and (target.exists() or target.is_symlink()):
+        raise StorageError(f"{target} exists; choose another name, or replace it with --overwrite")
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target``, removed in the end if it is still there."""
     partial = target.with_name(f".{target.name}.{_HOST}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with _terminated_as_exception():
@@ -47,8 +84,6 @@ def published(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _clear_stale(target.parent)
             partial.mkdir()
             yield partial
-            _sync(partial)
-            _replace(partial, target)
     except OSError as exc:
         why = _REASONS.get(exc.errno or 0) or (exc.strerror or str(exc)).lower()
         raise StorageError(
@@ -58,16 +93,16 @@ def published(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _check_replaceable(target: Path, overwrite: bool, marker: str, kind: str) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         return
     if not overwrite:
         raise StorageError(f"{target} exists; choose another name, or replace it with --overwrite")
-    if target.is_symlink() or not (target / "kiln.json").is_file():
+    if target.is_symlink() or not (target / marker).is_file():
         raise StorageError(
-            f"{target} exists and is not a bundle; Kiln only overwrites bundles. Choose another name"
+            f"{target} exists and is not a {kind}; Kiln only overwrites {kind}s. Choose another name"
         )
 
 

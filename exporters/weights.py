@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +40,15 @@ class Placed:
     nbytes: int
 
 
-def place(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Placed]]:
-    """Lay out ``(name, dtype, shape)`` one behind the other.
+def place(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Placed]]:
+    """Lay out ``(name, dtype, shape)`` one behind the other; ``metadata`` goes into the header as it is.
 
     Returns:
         The file's header (length, JSON, padding) and the place of each tensor, by absolute offset.
     """
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     relative: dict[str, Placed] = {}
     end = 0
     # Wider types first: then every tensor is aligned to its own element size without holes. int8 comes before

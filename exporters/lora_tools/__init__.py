@@ -1,0 +1,1 @@
+"""Tools for adapter files: describe, extract, merge, convert. numpy only, one tensor at a time."""
