@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kiln.cli import main
@@ -157,6 +158,44 @@ def test_an_adapter_of_flux(tiny_bundle: Path, out: Path) -> None:
     check(run("bake", tiny_bundle, "-o", out / "b", "--lora", path), "FLUX")
     check(run("export", tiny_bundle, "-o", out / "b", "--lora", f"{path}:0.5"), "FLUX")
     check(run("generate", "x", "-m", tiny_bundle, "--lora", path, "-o", out / "x.png", "-q"), "FLUX")
+    clean(out)
+
+
+LYING: dict[str, tuple[dict[str, object], str]] = {
+    "NaN": ({"lora_up.weight": np.nan}, "holds NaN or infinity"),
+    "infinite alpha": ({"alpha": np.inf}, "expected a finite number"),
+    "giant rank": ({"lora_down.weight": 2000, "lora_up.weight": 2000}, "rank 2000; expected 1 to 1024"),
+    "two families": ({"hada_w1_a": 1.0}, "expected one family in a module"),
+    "a key without a layer": ({}, "none of its 2 tensors matches"),
+}
+
+
+@pytest.mark.parametrize("command", ["export", "bake", "generate"])
+@pytest.mark.parametrize("case", LYING)
+def test_an_adapter_that_lies(tiny_bundle: Path, out: Path, case: str, command: str) -> None:
+    parts, pattern = LYING[case]
+    with safe_open(tiny_bundle / "unet/weights.safetensors", "np") as weights:
+        shape = weights.get_slice("time_embedding.linear_1.weight").get_shape()
+    rank = next((value for value in parts.values() if isinstance(value, int)), 4)
+    tensors = {
+        "lora_down.weight": np.ones((rank, shape[1]), np.float32),
+        "lora_up.weight": np.ones((shape[0], rank), np.float32),
+    }
+    for name, value in parts.items():
+        if isinstance(value, float):
+            tensors[name] = np.full(tensors[name].shape if name in tensors else (), value, np.float32)
+    if "hada_w1_a" in parts:
+        sides = (("a", (shape[0], 4)), ("b", (4, shape[1])))
+        tensors |= {f"hada_w{n}_{side}": np.ones(size, np.float32) for n in (1, 2) for side, size in sides}
+    stem = "lora_unet_time_embedding_linear_1" if parts else "lora_unet_nowhere"
+    path = out.parent / "lies.safetensors"
+    save_file({f"{stem}.{name}": value for name, value in tensors.items()}, path)
+    arguments = {
+        "export": ("export", tiny_bundle, "-o", out / "b", "--lora", path),
+        "bake": ("bake", tiny_bundle, "-o", out / "b", "--lora", path),
+        "generate": ("generate", "x", "-m", tiny_bundle, "--lora", path, "-o", out / "x.png", "-q"),
+    }
+    check(run(*arguments[command]), pattern)
     clean(out)
 
 

@@ -29,6 +29,13 @@ def layer(weight, bias=False):
     return made
 
 
+def generators(stored, first):
+    """B of which Cayley's transform makes the rotations that the first builds stored."""
+    identity = np.eye(stored.shape[-1])
+    turns = stored.astype(np.float64) + identity * first
+    return (turns - identity) @ np.linalg.inv(turns + identity) / 2
+
+
 def functional(case, weight, tensors, strength):
     """The new weight by the functions of lycoris, which take the tensors."""
     from lycoris.functional import boft, diag_oft, locon, loha, lokr
@@ -36,6 +43,8 @@ def functional(case, weight, tensors, strength):
     t = {key: tensor(value) for key, value in tensors.items()}
     alpha = float(tensors.get("alpha", -1))
     w = tensor(weight)
+    if "oft_diag" in t:
+        t["oft_blocks"] = tensor(generators(tensors["oft_diag"], "first" in case))
     if "oft_blocks" in t:
         constraint = alpha * len(weight) if alpha > 0 else None
         if t["oft_blocks"].ndim == 3:
@@ -69,18 +78,20 @@ def functional(case, weight, tensors, strength):
 
 
 FUNCTIONAL = [
-    *("LoRA", "LoRA without alpha", "LoRA 1x1 as linear", "LoCon", "CP"),
+    *("LoRA", "LoRA without alpha", "LoRA 1x1 as linear", "LoRA linear as 1x1", "LoCon", "CP"),
     *("LoHa", "LoHa without alpha", "LoHa conv", "LoHa 1x1", "LoHa Tucker"),
     *(
         "LoKr",
         "LoKr both factored",
+        "LoKr first factored",
         "LoKr both whole",
         "LoKr larger first",
         "LoKr conv",
         "LoKr conv factored",
     ),
     *("LoKr conv factored with a kernel", "LoKr of 2023", "LoKr Tucker"),
-    *("OFT", "OFT with alpha 0", "OFT constrained", "OFT conv with rescale"),
+    *("OFT", "OFT with alpha 0", "OFT constrained", "OFT conv with rescale", "OFT of kohya"),
+    *("old OFT", "first OFT"),
     *("BOFT", "BOFT constrained", "BOFT conv with rescale"),
 ]
 
@@ -92,7 +103,7 @@ def test_the_functions(bake_one, cases, name, strength):
         pytest.skip("lycoris leaves rescale at full strength; see test_known_disagreements.py")
     weight, tensors = cases.make(name)
     expected = functional(name, weight, tensors, strength)
-    actual, _ = bake_one(weight, tensors, strength)
+    actual, _ = bake_one(weight, tensors, strength, cases.stem_of(name))
     assert actual.shape == expected.shape
     assert LIMIT.holds(relative_l2(actual, expected))
 
@@ -150,33 +161,66 @@ def test_the_modules_of_rotations(bake_one, name, alpha, strength):
     assert LIMIT.holds(relative_l2(actual, by_module(weight, tensors, strength)))
 
 
-@pytest.mark.parametrize("name", ["DoRA of the outputs", "DoRA conv of the outputs"])
+OUTPUTS = ["DoRA of the outputs", "DoRA conv of the outputs"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_dora_of_the_outputs(bake_one, cases, name):
     weight, tensors = cases.make(name)
     actual, _ = bake_one(weight, tensors)
     assert LIMIT.holds(relative_l2(actual, by_module(weight, tensors, 1.0)))
 
 
-@pytest.mark.parametrize("axis", ["inputs", "outputs"])
-@pytest.mark.parametrize("family", ["LoRA", "LoCon", "LoHa", "LoHa conv", "LoKr", "LoKr conv"])
-def test_the_decomposition_on_both_axes(bake_one, cases, family, axis):
+# Whether the lengths are of the outputs.
+DECOMPOSED = {
+    "DoRA of the inputs": False,
+    "DoRA of the outputs": True,
+    "DoRA conv of the inputs": False,
+    "DoRA conv of the outputs": True,
+    "DoRA as a vector of the outputs": True,
+    "DoRA as a vector of the inputs": False,
+    "DoRA of PEFT": True,
+    "DoRA of PEFT conv": True,
+    "DoRA over LoHa": True,
+    "DoRA over LoHa of the inputs": False,
+    "DoRA over LoKr": False,
+    "DoRA over LoKr of the outputs": True,
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_the_decomposition(bake_one, cases, name):
     """lycoris's function for it, given the sum that its other functions make."""
     from lycoris.functional.general import weight_decompose
 
-    weight, tensors = cases.make(family)
+    weight, tensors = cases.make(name)
     shape = [1] * weight.ndim
-    shape[0 if axis == "outputs" else 1] = -1
-    lengths = np.linspace(1, 3, len(weight) if axis == "outputs" else weight.shape[1], dtype=np.float32)
-    lengths = lengths.reshape(shape)
-    total = tensor(functional(family, weight, tensors, 1.0))
-    expected = weight_decompose(total, tensor(lengths), 1, axis == "outputs").numpy()
-    actual, _ = bake_one(weight, tensors | {"dora_scale": lengths})
+    shape[0 if DECOMPOSED[name] else 1] = -1
+    lengths = next(v for k, v in tensors.items() if k.startswith(("dora_scale", "lora_magnitude")))
+    total = tensor(functional(name, weight, tensors, 1.0))
+    expected = weight_decompose(total, tensor(lengths).reshape(shape), 1, DECOMPOSED[name]).numpy()
+    actual, _ = bake_one(weight, tensors)
     assert LIMIT.holds(relative_l2(actual, expected))
+    assert not LIMIT.holds(relative_l2(bake_one(weight, tensors, 1.01)[0], expected))
 
 
-@pytest.mark.parametrize(
-    "name", [f"IA3{conv} on the {side}" for conv in ("", " conv") for side in ("inputs", "outputs")]
-)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_glora_in_cp_form(bake_one, cases, strength):
+    """By the function that lycoris's module calls; the module itself can never be in this form."""
+    from lycoris.modules.glora import _glora_weight
+
+    weight, tensors = cases.make("GLoRA CP")
+    parts = [tensor(tensors[f"{name}.weight"]) for name in ("a1", "a2", "b1", "b2", "bm")]
+    change = _glora_weight(tensor(weight), *parts, float(tensors["alpha"]) / 4).numpy()
+    actual, _ = bake_one(weight, tensors, strength)
+    assert LIMIT.holds(relative_l2(actual, weight + np.float32(strength) * change))
+
+
+FACTORS = [f"IA3{conv} on the {side}" for conv in ("", " conv") for side in ("inputs", "outputs")]
+CHECKED = (*FUNCTIONAL, *MODULES, *DECOMPOSED, *FACTORS, "GLoRA CP")
+
+
+@pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_ia3(bake_one, cases, name, strength):
     """Made by hand: lycoris 4.1.3 cannot make it from a file."""

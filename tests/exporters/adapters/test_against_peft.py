@@ -33,6 +33,21 @@ CONFIGS = {
     "OFT of three terms": ("OFTConfig", {"oft_block_size": 8, "num_cayley_neumann_terms": 3}),
     "OFT of seven terms": ("OFTConfig", {"oft_block_size": 8, "num_cayley_neumann_terms": 7}),
 }
+# The cases of cases.py whose form these folders have.
+CHECKED = (
+    *(
+        "LoRA",
+        "LoCon",
+        "LoHa",
+        "LoHa conv",
+        "LoHa 1x1",
+        "LoHa Tucker",
+        "LoKr",
+        "LoKr both whole",
+        "LoKr Tucker",
+    ),
+    *("LoKr both factored", "DoRA of PEFT", "DoRA of PEFT conv", "OFT of PEFT", "OFT of PEFT conv"),
+)
 
 
 class Net(torch.nn.Module):

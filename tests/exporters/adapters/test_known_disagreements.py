@@ -98,6 +98,38 @@ def test_lycoris_leaves_rescale_at_full_strength(bake_one, cases):
     assert relative_l2(bake_one(weight, tensors, 1e-6)[0], weight) < 1e-5
 
 
+def test_lycoris_cannot_make_a_glora_in_cp_form(bake_one, cases):
+    """Its module asks for a kernel that is both of one and of more, so no trainer wrote such a file."""
+    glora = pytest.importorskip("lycoris.modules.glora")
+    weight, tensors = cases.make("GLoRA CP")
+    bake_one(weight, tensors)
+    layer = torch.nn.Conv2d(20, 12, 3, bias=False)
+    parts = [tensor(tensors[f"{name}.weight"]) for name in ("a1", "a2", "b1", "b2", "bm")]
+    with pytest.raises(AttributeError, match="bm"):
+        glora.GLoRAModule.make_module_from_state_dict("x", layer, *parts, torch.tensor(2.5))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_peft_multiplies_the_weight_by_glora_elementwise(bake_one, cases):
+    """The paper and LyCORIS multiply matrices, ``W A``; PEFT's GLoRA is ``W * A``."""
+    peft = pytest.importorskip("peft")
+    weight = cases.make("GLoRA")[0][:, :12].copy()  # square, where both can be had of the same factors
+    rng = np.random.default_rng(0)
+    left, right = (rng.normal(size=n).astype(np.float32) for n in ((12, 4), (4, 12)))
+    layer = torch.nn.Linear(12, 12, bias=False)
+    layer.weight.data.copy_(tensor(weight))
+    config = peft.GloraConfig(target_modules=["0"], r=4, config_C="none", config_D_E="none")
+    model = peft.get_peft_model(torch.nn.Sequential(layer), config)
+    path = model.base_model.model[0].glora_A["default"]
+    path.Xd.data.copy_(tensor(left))
+    path.Xu.data.copy_(tensor(right))
+    theirs = model.merge_and_unload()[0].weight.detach().numpy()
+    zeros = {"b1.weight": np.zeros((12, 4), np.float32), "b2.weight": np.zeros((4, 12), np.float32)}
+    actual, _ = bake_one(weight, {"a1.weight": left, "a2.weight": right, **zeros})
+    assert LIMIT.holds(relative_l2(actual, weight + weight @ (left @ right)))
+    assert LIMIT.holds(relative_l2(theirs, weight + weight * (left @ right)))
+
+
 def attention(network, module):
     return network == "unet" and ".attn" in module
 

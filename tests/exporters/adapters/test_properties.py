@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kiln.benchmarks.parity import THRESHOLDS, relative_l2
@@ -90,17 +91,16 @@ def test_other_families_see_what_came_before_them(baked, cases, reference, pair)
         assert not LIMIT.holds(relative_l2(wrong, expected))
 
 
-NAMES = ("LoRA", "LoHa Tucker", "LoKr", "IA3 on the inputs", "GLoRA", "sparse conv", "DoRA of the inputs")
-NAMES += ("OFT", "BOFT", "OFT of OneTrainer", "set", "LoKr of 2023", "CP", "old OFT", "DoRA over LoKr")
 DTYPES = (np.float32, np.float16, np.float64, np.int64, np.uint8, np.bool_)
+
+
+KINDS = ("value", "shape", "type", "drop", "rename", "extra", "stem", "bytes", "cut")
 
 
 @st.composite
 def mutations(draw):
     """A function of the tensors, and one of the bytes of the file."""
-    kind = draw(
-        st.sampled_from(("value", "shape", "type", "drop", "rename", "extra", "stem", "bytes", "cut"))
-    )
+    kind = draw(st.sampled_from(KINDS))
     where, size = draw(st.integers(0, 99)), draw(st.integers(0, 40))
     special = draw(st.sampled_from((np.nan, np.inf, -np.inf, 0.0, -1.0, 1e30, -1e38, 3e38, 65504.0)))
     dtype = draw(st.sampled_from(DTYPES))
@@ -148,44 +148,65 @@ def written(path, stem, tensors, mutation):
     path.write_bytes(raw)
 
 
-@settings(
-    max_examples=2200, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
-@given(name=st.sampled_from(NAMES), mutation=mutations(), strength=st.sampled_from((1.0, -0.5, 1e30)))
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_mutated_files_are_refused_or_applied_and_accounted_for(
-    hostile_path, cases, name, mutation, strength
-):
-    weight, tensors = cases.make(name)
-    tensors = mutated(tensors, mutation)
-    if not tensors:
-        return
-    written(hostile_path, cases.stem_of(name), tensors, mutation)
+def test_mutated_files_are_refused_or_applied_and_accounted_for(hostile_path, cases):
+    """At least 2,000 files, of every case and every kind of mutation; the count is part of the test."""
+    seen, outcomes = Counter(), Counter()
+
+    @settings(
+        max_examples=2200,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(st.sampled_from(list(cases.CASES)), mutations(), st.sampled_from((1.0, -0.5, 1e30)))
+    def one_file(name, mutation, strength):
+        weight, tensors = cases.make(name)
+        tensors = mutated(tensors, mutation)
+        if not tensors:
+            return
+        written(hostile_path, cases.stem_of(name), tensors, mutation)
+        refused = refusal(hostile_path, weight, strength)
+        seen[name] += 1
+        outcomes[mutation[0], refused] += 1
+
+    one_file()
+    assert sum(seen.values()) >= 2000
+    assert set(seen) == set(cases.CASES)
+    # Neither outcome comes from the mutations being too strong or too weak.
+    assert all(outcomes[kind, True] > 5 for kind in KINDS)
+    assert all(outcomes[kind, False] > 0 for kind in ("value", "type", "bytes", "extra", "drop"))
+
+
+def refusal(path, weight, strength):
+    """Bake a file: whether it was refused, in one line. What was applied is accounted for to the last key."""
     try:
-        with plan_bake({"unet": {"x.weight": weight.shape}}, [AdapterRef(hostile_path, strength)]) as plan:
+        with plan_bake({"unet": {"x.weight": weight.shape}}, [AdapterRef(path, strength)]) as plan:
             touched = plan.is_touched("unet", "x.weight")
             baked = plan.bake("unet", "x.weight", weight)
             (report,) = plan.reports
-    except AdapterError as refusal:
-        text = str(refusal)
+    except AdapterError as error:
+        text = str(error)
     else:
         text = ""
-    event(f"{'refused' if text else 'applied'} after {mutation[0]}")
     if text:
-        assert str(hostile_path) in text
+        assert str(path) in text
         assert "\n" not in text
-        return
-    head = struct.unpack("<Q", hostile_path.read_bytes()[:8])[0]
+        return True
+    head = struct.unpack("<Q", path.read_bytes()[:8])[0]
     assert head > 0
     assert np.isfinite(baked).all()
     assert baked.shape == weight.shape
     # Nothing is dropped without a word: every key was read or is listed with a reason.
-    assert report.matched_keys + len(report.unmatched_keys) == len(safetensors.numpy.load_file(hostile_path))
+    assert report.matched_keys + len(report.unmatched_keys) == len(safetensors.numpy.load_file(path))
     assert all(report.reasons[key] for key in report.unmatched_keys)
     assert touched
     assert report.changes["unet.x.weight"] == pytest.approx(relative_l2(baked, weight), rel=1e-2, abs=1e-6)
     if not (np.asarray(baked) != weight).any():
         assert report.warnings
+    return False
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,13 @@ def lora(size=0.1, **more):
 
 
 def test_every_key_that_is_not_applied_has_a_reason(tiny, save):
+    embedding = "a token's embedding, which comes with the adapter where it acts"
     stray = {
         "lora_unet_down_blocks_9_proj_in.lora_down.weight": "the model has no such layer",
         "lora_unet_mid_block_attentions_0_proj_in.alpha": "its module has no tensor that changes a layer",
         f"{STEM}.rescale": "not read by LoRA",
-        "bundle_emb.mine.string_to_param.*": "a token's embedding, which is no change of a layer",
-        "<s1>": "a token's embedding, which is no change of a layer",
+        "bundle_emb.mine.string_to_param.*": embedding,
+        "<s1>": embedding,
         "note": "no parameter that Kiln knows",
     }
     path = save(lora() | {key: np.ones(1, np.float32) for key in stray})
