@@ -7,18 +7,16 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import KilnError
 from .machine import Machine, describe_machine, load_average
 from .parity import THRESHOLDS
-
-_RESAMPLES = 10_000
+from .records.bootstrap import ratio_interval
+from .records.stats import mad_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Samples:
     @property
     def mad(self) -> float:
         """Median absolute deviation from the median: the spread that one outlier does not change."""
-        return statistics.median(abs(value - self.median) for value in self.values)
+        return mad_of(self.values)
 
     def row(self) -> dict[str, Any]:
         """Everything that is said about these samples, and the samples."""
@@ -51,19 +49,6 @@ class Samples:
             "max": max(self.values),
             "values": list(self.values),
         }
-
-
-def ratio_interval(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of two medians (Efron 1979), each side resampled by itself.
-
-    A side with one sample has no spread of its own; the interval then only shows that of the other.
-    """
-    rng = np.random.default_rng(seed)
-    a, b = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    upper = np.median(rng.choice(a, (_RESAMPLES, a.size)), axis=1)
-    lower = np.median(rng.choice(b, (_RESAMPLES, b.size)), axis=1)
-    low, high = np.percentile(upper / lower, (2.5, 97.5))
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pytest
 
 from kiln.benchmarks import parity, report
 from kiln.benchmarks.machine import Machine, describe_machine, load_average
-from kiln.benchmarks.report import Check, Report, Samples, ratio_check, ratio_interval
+from kiln.benchmarks.records.bootstrap import ratio_interval
+from kiln.benchmarks.report import Check, Report, Samples, ratio_check
 
 VALUES = tuple(float(v) for v in np.random.default_rng(0).gamma(4, size=11))
 MACHINE = Machine("cpu", (), 2, 2, None, "Linux 6", "3.11", "0", {}, None)
