@@ -30,7 +30,7 @@ from ..exporters.weights import place, write_weights
 Shapes = Mapping[str, tuple[int, ...]]
 
 _STORAGE = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_WEIGHTS_FILE = {
+WEIGHTS_FILE = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -88,7 +88,7 @@ def write_random_model(out: Path, *, seed: int = 0, storage: str = "fp16") -> Pa
         (folder / "config.json").write_text(json.dumps(shipped_config(network), indent=2) + "\n")
         shapes = weight_shapes(network)
         tensors = ((name, random_tensor(name, shape, seed)) for name, shape in _in_file_order(shapes))
-        _write(folder / _WEIGHTS_FILE[network], _STORAGE[storage], shapes, tensors)
+        write_file(folder / WEIGHTS_FILE[network], _STORAGE[storage], shapes, tensors)
     return out
 
 
@@ -109,7 +109,7 @@ def random_lora(path: Path, rank: int = 16, seed: int = 0) -> Path:
             shapes[f"{stem}.alpha"] = ()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = ((name, _lora_tensor(name, shape, rank, seed)) for name, shape in _in_file_order(shapes))
-    _write(path, "F16", shapes, tensors)
+    write_file(path, "F16", shapes, tensors)
     return path
 
 
@@ -136,7 +136,18 @@ def _in_file_order(shapes: Shapes) -> list[tuple[str, tuple[int, ...]]]:
     return sorted(shapes.items())  # ``place`` sorts tensors of one type by name
 
 
-def _write(path: Path, dtype: str, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_file(path: Path, dtype: str, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write a safetensors file that transformers and diffusers read.
+
+    Args:
+        path: the file.
+        dtype: of all tensors, in safetensors' words.
+        shapes: by name.
+        tensors: names and values in the order of their names; cast to ``dtype``.
+
+    Raises:
+        StorageError: the disk refused, or the tensors come in another order.
+    """
     header, placed = place((name, dtype, shape) for name, shape in shapes.items())
 
     def cast() -> Iterator[np.ndarray]:
