@@ -7,12 +7,15 @@ from typing import Any
 import click
 
 from kiln import __version__
+from kiln.commands.bench import bench
 from kiln.commands.cache import cache
 from kiln.commands.devices import devices
 from kiln.commands.doctor import doctor
 from kiln.commands.export import bake, export
 from kiln.commands.generate import generate
 from kiln.commands.inspect import inspect
+from kiln.commands.lora import lora
+from kiln.commands.merge import merge
 from kiln.errors import KilnError
 
 
@@ -48,7 +51,7 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (generate, export, bake, inspect, devices, doctor, cache):
+for _command in (generate, export, bake, inspect, lora, merge, devices, doctor, cache, bench):
     main.add_command(_command)
 
 

@@ -18,6 +18,15 @@ def unet_shapes(rows: int, cells: tuple[int, int], states: tuple[int, ...]) -> d
     return {"sample": (rows, 4, *cells), "timestep": (), "encoder_hidden_states": (rows, *states)}
 
 
+def vae_factor(bundle: Bundle) -> int:
+    """Pixels per latent cell and side of a bundle's VAE."""
+    config = bundle.config("vae_decoder")
+    if config.get("_class_name") == "AutoencoderTiny":
+        # diffusers' default, which configs may leave out, has four levels.
+        return int(2 ** (len(config.get("decoder_block_out_channels", (64,) * 4)) - 1))
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def unet_work(bundle: Bundle, request: Request, cells: tuple[int, int], tokens: int, *, guided: bool) -> Work:
     """What a request asks of a bundle's UNet; the last batch, which may be smaller, counts as a whole one."""
     facts = bundle.manifest["components"]["unet"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..backends.base import Session
 from ..bundle import Bundle, open_bundle
 from ..components import CONTRACTS
 from ..errors import UsageError
-from .choosing import unet_shapes, unet_work
+from .choosing import unet_shapes, unet_work, vae_factor
 from .denoiser import GuidedDenoiser
 from .events import Event, ImageReady, PhaseFinished, PhaseStarted, Record, StepFinished, Warned
 from .images import check_finite, check_images, to_uint8
@@ -55,9 +55,18 @@ def _batches(count: int, size: int) -> list[_Batch]:
 class Pipeline:
     """A bundle opened on a backend. Sessions are prepared when first needed and kept per shape."""
 
-    def __init__(self, bundle: Bundle, sessions: Sessions) -> None:
-        """Use ``open`` instead, which finds the backend."""
-        self.bundle, self.sessions = bundle, sessions
+    def __init__(
+        self, bundle: Bundle, sessions: Sessions, check: Callable[[np.ndarray, str], None] = check_images
+    ) -> None:
+        """Use ``open`` instead, which finds the backend.
+
+        Args:
+            bundle: the bundle.
+            sessions: of that bundle.
+            check: refuses pixels, uint8 ``(n, h, w, 3)``, of the component named; another only for weights
+                that are known to show nothing.
+        """
+        self.bundle, self.sessions, self._check = bundle, sessions, check
 
     @classmethod
     def open(cls, bundle: Bundle | str | Path, settings: Settings | None = None) -> Pipeline:
@@ -91,7 +100,9 @@ class Pipeline:
     @cached_property
     def tokenizer(self) -> ClipTokenizer:
         """The bundle's CLIP tokenizer."""
-        return ClipTokenizer.open(self.bundle.tokenizer_dir)
+        return ClipTokenizer.open(
+            self.bundle.tokenizer_dir, {row.token: row.ids for row in self.bundle.embeddings}
+        )
 
     @cached_property
     def noise_schedule(self) -> NoiseSchedule:
@@ -101,11 +112,7 @@ class Pipeline:
     @cached_property
     def vae_factor(self) -> int:
         """Pixels per latent cell and side: 8 for SD1, 4 for the bundled model."""
-        config = self.bundle.config("vae_decoder")
-        if config.get("_class_name") == "AutoencoderTiny":
-            # diffusers' default, which configs may leave out, has four levels.
-            return int(2 ** (len(config.get("decoder_block_out_channels", (64,) * 4)) - 1))
-        return int(2 ** (len(config["block_out_channels"]) - 1))
+        return vae_factor(self.bundle)
 
     @property
     def native_size(self) -> int:
@@ -131,6 +138,23 @@ class Pipeline:
             images = yield from self._decode(latents)
             for index, image in enumerate(images, start=work.first):
                 yield ImageReady(index, image, self._record(request, index, width, height))
+
+    def prepare(self, request: Request) -> Iterator[Event]:
+        """Load every component that ``generate`` needs for a request, and draw nothing.
+
+        Raises:
+            UsageError: a size that the model cannot draw.
+            BackendError: the engine refused.
+        """
+        request = self._completed(request)
+        width, height = self._size(request)
+        cells = (height // self.vae_factor, width // self.vae_factor)
+        tokens, guided = self.tokenizer.max_length, _guidance(request) > 1
+        work = unet_work(self.bundle, request, cells, tokens, guided=guided)
+        yield from self.sessions.choose(work)
+        yield from self.sessions.get("text_encoder", {"input_ids": (2 if guided else 1, tokens)})
+        yield from self.sessions.get("unet", work.shapes, guided=guided)
+        yield from self.sessions.get("vae_decoder", {"latent_sample": (1, 4, *cells)})
 
     def _completed(self, request: Request) -> Request:
         """The request with a seed, and with the model's own guidance where it names none."""
@@ -215,14 +239,14 @@ class Pipeline:
             check_finite(sample, "vae_decoder")
             images.append(to_uint8(sample)[0])
         pixels = np.stack(images)
-        check_images(pixels, "vae_decoder")
+        self._check(pixels, "vae_decoder")
         yield PhaseFinished("decode", time.perf_counter() - start)
         return pixels
 
     def _record(self, request: Request, index: int, width: int, height: int) -> Record:
         seed = int(request.seed or 0) + index
         text = build_parameters(
-            prompt=request.prompt,
+            prompt=request.prompt if request.typed_prompt is None else request.typed_prompt,
             negative_prompt=request.negative_prompt,
             steps=request.steps,
             sampler=resolve_sampler(request.sampler).title,
@@ -235,9 +259,15 @@ class Pipeline:
             model=self.bundle.name,
             rng={"cpu": "CPU", "cuda": "NV"}[request.rng],
             lora_hashes={a.name: a.sha256[:12] for a in self.bundle.adapters},
+            ti_hashes=self._embedding_hashes(request),
             version=f"kiln {__version__}",
         )
         return Record(seed, width, height, text, self.sessions.in_force, self.choice)
+
+    def _embedding_hashes(self, request: Request) -> dict[str, str]:
+        """Digests of the embeddings that the prompts name; one that came with the model has none."""
+        used = self.tokenizer.embeddings_in(f"{request.prompt}\n{request.negative_prompt}")
+        return {e.token: e.sha256 for e in self.bundle.embeddings if e.token in used and e.sha256}
 
 
 def _run_unet(session: Session, sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:

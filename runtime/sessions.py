@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 
 from ..backends import registry
@@ -21,6 +21,7 @@ from .events import Event, PhaseFinished, PhaseStarted, Warned
 from .settings import Settings
 
 Shapes = Mapping[str, tuple[int, ...]]
+Wrap = Callable[[str, Session], Session]
 
 # Guidance runs the UNet on the same latents with two prompts: the engines that use it, and their option.
 _SHARED: Mapping[str, Mapping[str, object]] = {"openvino": {SHARED_SAMPLE: WHERE_POSSIBLE}}
@@ -30,7 +31,12 @@ class Sessions:
     """Prepares components when they are first needed, and keeps one session per component."""
 
     def __init__(
-        self, bundle: Bundle, settings: Settings, backend: Backend | None = None, device: str = "auto"
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        backend: Backend | None = None,
+        device: str = "auto",
+        wrap: Wrap | None = None,
     ) -> None:
         """Find the backend; nothing is loaded into it yet.
 
@@ -39,6 +45,7 @@ class Sessions:
             settings: what the caller asks.
             backend: is used as it is, instead of the one that ``settings`` name.
             device: the device of ``backend``.
+            wrap: gets each component's name and session, and gives the session to use; to watch it at work.
 
         Raises:
             BackendUnavailable: the backend asked for is not here, or with ``auto`` none is.
@@ -48,6 +55,7 @@ class Sessions:
         self.choice = ""  # why ``auto`` took this backend, empty for one that was named
         self._held: dict[str, tuple[tuple[Shapes, bool], Session]] = {}
         self._process = ExitStack()  # keeps the child of a backend that runs in one
+        self._wrap: Wrap = wrap or (lambda component, session: session)
         self._auto: Auto | None = None
         if backend is not None:
             self.backend, self.device = backend, device
@@ -95,7 +103,7 @@ class Sessions:
             chosen = self._auto.choose(work, self._options(work.shapes), memory)
         self._switch()
         if chosen.session is not None:
-            self._held["unet"] = ((work.shapes, work.guided), chosen.session)
+            self._held["unet"] = ((work.shapes, work.guided), self._wrap("unet", chosen.session))
         for text in chosen.warnings:
             yield Warned(text)
         self.choice = chosen.why
@@ -129,6 +137,7 @@ class Sessions:
                     raise
                 yield Warned(self._auto.go_on(error))
                 self._switch()
+        session = self._wrap(component, session)
         self._held[component] = (wanted, session)
         yield PhaseFinished("load", time.perf_counter() - start, component)
         return session
