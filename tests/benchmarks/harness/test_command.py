@@ -67,8 +67,9 @@ def test_a_real_run_writes_a_record_that_reads_back(tmp_path: Path, monkeypatch:
     )
     few: tuple[Any, ...] = ("--min-images", "2", "--min-seconds", "0", "--steps", "2")
     result = run("run", "quick", "--backend", "null", *few, "--no-parity", "--no-report", "-o", str(tmp_path))
-    assert result.exit_code == 0, result.stderr
     (record,) = read_records(tmp_path)
+    # A machine that is busy with something else makes the row invalid, and only that may.
+    assert result.exit_code == (1 if record.noise.verdict == "invalid" else 0), record.reasons
     assert record.requested.name == "null"
     assert len(record.samples) == 2
     assert record.stats.unattributed is not None

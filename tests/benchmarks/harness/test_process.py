@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,11 @@ def test_what_it_started_ends_with_it() -> None:
     with worker(program) as found:
         found.ready()
         session = found.pid
-    left = [p for p in Path("/proc").glob("[0-9]*/stat") if _session(p) == session and not _is_dead(p)]
+    for _ in range(300):  # a process that is killed is gone a moment later
+        left = [p for p in Path("/proc").glob("[0-9]*/stat") if _session(p) == session and not _is_dead(p)]
+        if not left:
+            return
+        time.sleep(0.1)
     assert left == []
 
 
