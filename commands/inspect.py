@@ -27,10 +27,10 @@ def inspect(path: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, default=str, indent=1))
         return
-    _print_tree(report)
+    print_tree(report)
 
 
-def _print_tree(value: dict[str, Any], indent: int = 0) -> None:
+def print_tree(value: dict[str, Any], indent: int = 0) -> None:
     for key, item in value.items():
         rows = item if isinstance(item, list) and item and isinstance(item[0], dict) else None
         if key == "blocks":
@@ -38,7 +38,7 @@ def _print_tree(value: dict[str, Any], indent: int = 0) -> None:
         elif isinstance(item, dict) or rows:
             click.echo(f"{'  ' * indent}{key}")
             for row in rows or [item]:
-                _print_tree(row, indent + 1)
+                print_tree(row, indent + 1)
         else:
             click.echo(f"{'  ' * indent}{key:{max(1, 24 - 2 * indent)}} {_fact(key, item)}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .inspect import _print_tree
+from .inspect import print_tree
 from .merge import count_progress
 from .options import MODEL_HELP, adapters
 
@@ -64,7 +64,7 @@ def inspect_lora(path: Path, model: str | None, as_json: bool) -> None:
             reasons = fit.pop("reasons")
             fit["refused"] = fit["refused"] or False
             fit["not_applied"] = [f"{key}: {why}" for key, why in reasons.items()]
-        _print_tree(
+        print_tree(
             {key: value for key, value in one.items() if value not in ({}, [], None) or key == "family"}
         )
 
