@@ -10,6 +10,17 @@ import torch
 from .common import PipelineWorker, effective, read_job, serve
 
 
+class TorchWorker(PipelineWorker):
+    """Gives the noise in the type of the UNet, which the pipeline does not convert."""
+
+    dtype = torch.float32
+    device = "cpu"
+
+    def initial(self, prompt: int) -> torch.Tensor:
+        """The initial noise of one prompt."""
+        return torch.from_numpy(self._noise(prompt)).to(self.device, self.dtype)
+
+
 def main() -> None:
     """Serve the harness."""
     job = read_job()
@@ -17,8 +28,9 @@ def main() -> None:
     device = _device(requested["device"])
     if requested["threads"]:
         torch.set_num_threads(requested["threads"])
-    worker = PipelineWorker(job, torch.cuda.synchronize if device == "cuda" else lambda: None)
     dtype = _dtype(requested["precision"], device)
+    worker = TorchWorker(job, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    worker.dtype, worker.device = dtype, device
 
     def load() -> dict[str, Any]:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(

@@ -136,6 +136,19 @@ def test_draws_what_kiln_draws(name: str, tiny_bundle: Path, own, tmp_path: Path
     )
 
 
+def test_diffusers_in_bf16(tiny_bundle: Path, own, tmp_path: Path) -> None:
+    peer = find_peer("diffusers")
+    job = write_job(tmp_path, tiny_bundle, peer, requested={"precision": "bf16"})
+    with Worker(peer, job) as worker:
+        loaded = worker.ask("load")
+        assert {facts["precision"] for facts in loaded["effective"].values()} == {"bf16"}
+        drawn = worker.ask("draw", prompt=0, seed=SEED, latents=str(tmp_path / "latents.npy"))
+        assert drawn["kind"] == "done", drawn
+    near = relative_l2(np.load(tmp_path / "latents.npy")[0], own[0][0])  # after one step
+    assert near > 0
+    assert THRESHOLDS["component_bf16_relative_l2"].holds(near)
+
+
 def test_refuses_what_it_cannot_share(tiny_bundle: Path, tmp_path: Path) -> None:
     peer = find_peer("diffusers")
     job = write_job(tmp_path, tiny_bundle, peer, workload={"sampler": "ddim"})
