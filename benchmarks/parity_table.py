@@ -15,7 +15,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..backends.registry import names
@@ -30,6 +30,7 @@ from .fidelity.limits import run_precision
 from .fidelity.pictures import image_gates
 from .fidelity.reference import plan_reference
 from .fidelity.sampling import Sampling
+from .fidelity.trial import Trial
 from .records.record import Gate, ModelFacts, Requested, WorkloadFacts
 from .report import positive
 
@@ -74,55 +75,33 @@ class TableRow:
         return tuple(gate for gate in self.gates if not gate.passed)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is compared with what."""
-
-    bundle: Bundle
-    reference: Requested
-    workload: WorkloadFacts
-    sampling: Sampling
-    against: Bundle | None = None
-    recordings: Path = field(default_factory=Path)
-
-
-def measure(plan: Plan, requested: Requested) -> TableRow:
+def measure(trial: Trial, sampling: Sampling) -> TableRow:
     """One row; an engine that refuses is a row that says why."""
-    label = f"{requested.name} {requested.precision}"
+    label = f"{trial.requested.name} {trial.requested.precision}"
     try:
-        components = measure_components(
-            plan.bundle,
-            requested,
-            plan.reference,
-            plan.workload,
-            against=plan.against,
-            sampling=plan.sampling,
-            recordings=plan.recordings,
-        )
-        gates, judged = _drawn(plan, requested, components)
+        components = measure_components(trial, sampling)
+        gates, judged = _drawn(trial, sampling, components)
     except FidelityError as error:
         return TableRow(label, refused=str(error))
     return TableRow(label, (*components.gates, *gates), judged=judged)
 
 
-def _drawn(plan: Plan, requested: Requested, components: ComponentReport) -> tuple[list[Gate], str]:
+def _drawn(trial: Trial, sampling: Sampling, components: ComponentReport) -> tuple[list[Gate], str]:
     """Latents and images of the whole run."""
-    made = recording(
-        plan.against or plan.bundle, plan.reference, plan.workload, plan.sampling, plan.recordings
-    )
-    with made as wanted, tempfile.TemporaryDirectory() as scratch, child() as worker:
+    requested, made = trial.requested, recording(trial, sampling)
+    with made as wanted, tempfile.TemporaryDirectory() as scratch, child(limits=trial.limits) as worker:
         worker.ask(
             "draw",
-            bundle=str(plan.bundle.path),
+            bundle=str(trial.bundle.path),
             requested=asdict(requested),
-            workload=asdict(plan.workload),
-            sampling=asdict(plan.sampling.of(plan.workload)),
+            workload=asdict(trial.workload),
+            sampling=asdict(sampling.of(trial.workload)),
             folder=scratch,
             cache=False,
         )
         latents, images = read_drawn(Path(scratch))
         reference_latents, reference_images = read_drawn(wanted)
-    precision = run_precision(plan.bundle, requested, components.effective, plan.against)
+    precision = run_precision(trial.bundle, requested, components.effective, trial.against)
     gates, _ = latent_gates(latents, reference_latents, requested, precision=precision)
     more, _ = image_gates(images, reference_images, requested, precision=precision)
     return [*gates, *more], precision
@@ -222,13 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="kiln-parity-") as scratch:
             workload = workload_of(bundle, args)
             recordings = args.recordings or Path(scratch)
-            plan = Plan(bundle, reference, workload, sampling, against, recordings)
             rows = []
             for name in args.backend or DEFAULT_BACKENDS:
                 for precision in args.precision or DEFAULT_PRECISIONS:
                     print(f"{name} {precision} ...", file=sys.stderr, flush=True)
                     options = {"force_precision": True} if args.force_precision and name == "torch" else {}
-                    rows.append(measure(plan, Requested("kiln", name, "auto", precision, options=options)))
+                    asked = Requested("kiln", name, "auto", precision, options=options)
+                    trial = Trial(bundle, asked, reference, workload, against=against, recordings=recordings)
+                    rows.append(measure(trial, sampling))
     except KilnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,8 +6,10 @@ from .latents import latent_gates
 from .limits import run_precision
 from .pictures import image_gates
 from .reference import plan_reference
+from .trial import Trial
 
 __all__ = [
+    "Trial",
     "component_gates",
     "explain",
     "image_gates",

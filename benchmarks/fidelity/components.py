@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle
-from ..records.record import Effective, Gate, Requested, WorkloadFacts
+from ..records.record import Effective, Gate
 from .calls import INDEX
 from .child import child
 from .distance import Distance, worst
 from .limits import judged_precision, make_gate
 from .sampling import USUAL, Sampling
+from .trial import Trial
 
 # Raised when a recording of an older Kiln would not be what this one makes.
 RECORDING_VERSION = 1
@@ -45,74 +46,37 @@ class ComponentReport:
     effective: Mapping[str, Effective]
 
 
-def component_gates(
-    bundle: Bundle,
-    requested: Requested,
-    reference: Requested,
-    workload: WorkloadFacts,
-    cache: Path | None = None,
-    *,
-    against: Bundle | None = None,
-    sampling: Sampling = USUAL,
-    recordings: Path | None = None,
-) -> list[Gate]:
+def component_gates(trial: Trial, sampling: Sampling = USUAL) -> list[Gate]:
     """The gates of ``measure_components``: per component relative L2, cosine, largest difference, NaN."""
-    return list(
-        measure_components(
-            bundle,
-            requested,
-            reference,
-            workload,
-            cache,
-            against=against,
-            sampling=sampling,
-            recordings=recordings,
-        ).gates
-    )
+    return list(measure_components(trial, sampling).gates)
 
 
-def measure_components(
-    bundle: Bundle,
-    requested: Requested,
-    reference: Requested,
-    workload: WorkloadFacts,
-    cache: Path | None = None,
-    *,
-    against: Bundle | None = None,
-    sampling: Sampling = USUAL,
-    recordings: Path | None = None,
-) -> ComponentReport:
+def measure_components(trial: Trial, sampling: Sampling = USUAL) -> ComponentReport:
     """Run each component on the inputs of a real denoising, and compare with the reference.
 
     Two child processes, one after the other, so that neither engine is loaded here and only one at a time
-    holds weights. The reference's answers are kept in ``recordings`` and serve every further configuration
-    of the same workload.
+    holds weights. The reference's answers are kept in ``trial.recordings`` and serve every further
+    configuration of the same workload.
 
     Args:
-        bundle: what is judged.
-        requested: the backend under test.
-        reference: from ``plan_reference``.
-        workload: whose prompts, size, sampler and guidance are used.
-        cache: Kiln's cache for the backend under test; None compiles anew and keeps nothing.
-        against: the reference's bundle, when it is another one.
+        trial: what is judged, and against what.
         sampling: how much is looked at.
-        recordings: a folder where the reference's answers are kept for the next call; None keeps none.
 
     Raises:
-        FidelityError: an engine refused or died, or the reference itself gave NaN.
+        FidelityError: an engine refused, died or hung, or the reference itself gave NaN.
     """
-    made = recording(against or bundle, reference, workload, sampling, recordings)
-    with made as folder, child(cache) as worker:
+    with recording(trial, sampling) as folder, child(trial.cache, limits=trial.limits) as worker:
         found = worker.ask(
             "replay",
-            bundle=str(bundle.path),
-            requested=asdict(requested),
+            bundle=str(trial.bundle.path),
+            requested=asdict(trial.requested),
             folder=str(folder),
-            cache=cache is not None,
+            cache=trial.cache is not None,
         )
     rows = tuple(_row(one) for one in found["rows"])
     effective = {name: Effective(**facts) for name, facts in found["effective"].items()}
-    gates = judge(rows, {name: one.precision for name, one in effective.items()}, bundle, against)
+    in_force = {name: one.precision for name, one in effective.items()}
+    gates = judge(rows, in_force, trial.bundle, trial.against)
     return ComponentReport(rows, tuple(gates), effective)
 
 
@@ -132,31 +96,25 @@ def judge(
 
 
 @contextmanager
-def recording(
-    bundle: Bundle,
-    reference: Requested,
-    workload: WorkloadFacts,
-    sampling: Sampling,
-    recordings: Path | None,
-) -> Iterator[Path]:
-    """A folder with the reference's calls, made now or found in ``recordings``.
+def recording(trial: Trial, sampling: Sampling) -> Iterator[Path]:
+    """A folder with the reference's calls, made now or found in ``trial.recordings``.
 
     Raises:
         FidelityError: the reference could not be run.
     """
     with tempfile.TemporaryDirectory(prefix="kiln-parity-") as scratch:
-        taken = sampling.of(workload)
-        kept = None if recordings is None else recordings / _key(bundle, reference, workload, taken)
+        taken = sampling.of(trial.workload)
+        kept = None if trial.recordings is None else trial.recordings / _key(trial, taken)
         if kept is not None and (kept / INDEX).is_file():
             yield kept
             return
         made = Path(scratch) / "calls"
-        with child() as worker:
+        with child(limits=trial.limits) as worker:
             worker.ask(
                 "record",
-                bundle=str(bundle.path),
-                reference=asdict(reference),
-                workload=asdict(workload),
+                bundle=str(trial.other.path),
+                reference=asdict(trial.reference),
+                workload=asdict(trial.workload),
                 sampling=asdict(taken),
                 folder=str(made),
             )
@@ -177,15 +135,15 @@ def _keep(made: Path, kept: Path) -> Path:
     return kept
 
 
-def _key(bundle: Bundle, reference: Requested, workload: WorkloadFacts, sampling: Sampling) -> str:
+def _key(trial: Trial, sampling: Sampling) -> str:
     """What a recording depends on."""
-    facts: dict[str, Any] = asdict(workload)
+    facts: dict[str, Any] = asdict(trial.workload)
     for name in ("id", "tier", "model", "adapters", "prompts_digest", "latents_digest"):
         del facts[name]
     parts = [
         RECORDING_VERSION,
-        bundle.content_digest,
-        asdict(reference),
+        trial.other.content_digest,
+        asdict(trial.reference),
         facts,
         asdict(sampling),
         _versions(),

@@ -12,7 +12,8 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ParityError
-from ..records.record import Gate, Requested, WorkloadFacts
+from ..harness.process import Limits
+from ..records.record import Gate, Requested
 from .calls import recording_facts
 from .child import child
 from .components import ComponentReport, Row, measure_components, recording
@@ -20,38 +21,23 @@ from .distance import distance
 from .layers import OUTPUT, GraphMap, read_map
 from .sampling import Sampling
 from .searching import AT_ONCE, FLOOR, Errors, Found, search
+from .trial import Trial
 
 # Every step of the trajectory is looked at: the step is a part of the answer.
 EXPLAINED = Sampling(prompts=1, steps=8, points=8)
 _JUMP = 3.0  # an error that grows by this factor within one layer is a jump, else it grew gradually
 
 
-def explain(
-    bundle: Bundle,
-    requested: Requested,
-    reference: Requested,
-    workload: WorkloadFacts,
-    cache: Path | None = None,
-    *,
-    against: Bundle | None = None,
-    sampling: Sampling = EXPLAINED,
-    recordings: Path | None = None,
-) -> dict[str, Any]:
+def explain(trial: Trial, sampling: Sampling = EXPLAINED) -> dict[str, Any]:
     """Find where a backend parts from the reference first.
 
     The first component beyond its limit (the nearest to it, if none is), its first step beyond, then the
     layers of one call: a few over the whole network, then those between the last good and the first bad one.
-    Where both sides run graphs, the same again with their nodes.
+    Where both sides run graphs, the same again with their nodes. Layers are always compiled anew.
 
     Args:
-        bundle: what is judged.
-        requested: the backend.
-        reference: from ``plan_reference``.
-        workload: what is drawn.
-        cache: Kiln's cache for the backend; layers are always compiled anew.
-        against: the reference's bundle, when it is another one.
+        trial: what is judged, and against what.
         sampling: how much of the trajectory is looked at.
-        recordings: where the reference's answers are kept.
 
     Returns:
         What goes into ``Parity.diverges``: ``component``, ``exceeds`` (whether a limit was exceeded),
@@ -61,35 +47,25 @@ def explain(
         is None where NaN made it infinite.
 
     Raises:
-        FidelityError: an engine refused or died.
+        FidelityError: an engine refused, died or hung.
         ParityError: the two have no layer in common.
     """
-    report = measure_components(
-        bundle,
-        requested,
-        reference,
-        workload,
-        cache,
-        against=against,
-        sampling=sampling,
-        recordings=recordings,
-    )
+    report = measure_components(trial, sampling)
     component, exceeds = first_component(report)
     row, number = first_call(report, component)
-    other = against or bundle
     said: dict[str, Any] = {
         "component": component,
         "exceeds": exceeds,
         "where": row.where,
         "errors": _errors(report, component),
     }
-    made = recording(other, reference, workload, sampling, recordings)
+    made = recording(trial, sampling)
     with made as folder, tempfile.TemporaryDirectory(prefix="kiln-probe-") as scratch:
-        sides = (_Side(bundle, requested), _Side(other, reference))
-        look = _Looking(sides, folder, component, number, Path(scratch))
+        sides = (_Side(trial.bundle, trial.requested), _Side(trial.other, trial.reference))
+        look = _Looking(sides, _Call(folder, component, number), Path(scratch), trial.limits)
         error = float("inf") if row.distance.nonfinite else row.distance.relative_l2
         said |= explain_component(look, error, sides)
-        said["reference"] = {"bundle": other.name, **_reference_facts(folder)}
+        said["reference"] = {"bundle": trial.other.name, **_reference_facts(folder)}
     answer: dict[str, Any] = _without_infinity(said | {"text": _sentence(said)})
     return answer
 
@@ -136,14 +112,21 @@ class _Side:
         return read_map(self.bundle.source(component).graph_path)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The call that is looked into: the recording's folder, the component, and which of its calls."""
+
+    folder: Path
+    component: str
+    number: int
+
+
 class _Looking:
     """Errors of tensors inside a component: both sides run in processes of their own, one after the other."""
 
-    def __init__(
-        self, sides: tuple[_Side, _Side], folder: Path, component: str, number: int, scratch: Path
-    ) -> None:
-        self.component = component
-        self._sides, self._folder, self._number, self._scratch = sides, folder, number, scratch
+    def __init__(self, sides: tuple[_Side, _Side], call: _Call, scratch: Path, limits: Limits) -> None:
+        self.component = call.component
+        self._sides, self._call, self._scratch, self._limits = sides, call, scratch, limits
 
     def __call__(self, names: Sequence[str]) -> Errors:
         """Relative L2 errors of those that both sides have, and of the output; infinite for NaN."""
@@ -161,14 +144,14 @@ class _Looking:
 
     def _run(self, side: _Side, names: Sequence[str], index: int) -> Path:
         out = self._scratch / f"{index}.npz"
-        with child() as worker:
+        with child(limits=self._limits) as worker:
             worker.ask(
                 "probe",
                 bundle=str(side.bundle.path),
                 requested=asdict(side.requested),
-                folder=str(self._folder),
+                folder=str(self._call.folder),
                 component=self.component,
-                number=self._number,
+                number=self._call.number,
                 names=list(names),
                 out=str(out),
             )

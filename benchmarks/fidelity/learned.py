@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UsageError
+from ..harness.process import LIMITS, Limits
 from .child import child
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def measure_learned(
     reference_images: Sequence[np.ndarray] | np.ndarray,
     prompts: Sequence[str],
     options: LearnedOptions,
+    limits: Limits = LIMITS,
 ) -> list[dict[str, float]]:
     """Tell LPIPS and CLIP score of each image, in a process of its own.
 
@@ -52,6 +54,7 @@ def measure_learned(
         reference_images: as many.
         prompts: of each.
         options: which metrics, and their networks.
+        limits: when the process is given up.
 
     Returns:
         Per image ``lpips`` (0 for equal ones), ``clip_score`` (0 to 100), ``clip_drop`` (how much higher the
@@ -67,7 +70,7 @@ def measure_learned(
         )
     with (
         tempfile.TemporaryDirectory() as scratch,
-        child(offline=HUB not in (options.lpips, options.clip)) as worker,
+        child(offline=HUB not in (options.lpips, options.clip), limits=limits) as worker,
     ):
         file = Path(scratch) / "images.npz"
         np.savez(file, images=np.stack(list(images)), reference=np.stack(list(reference_images)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...backends.base import Availability, Backend, Device, GraphSource, PrepareOptions, Session
-from ...backends.isolation.policy import with_isolation
 from ...backends.registry import AUTO, get_backend, parse_backend, require_usable
 from ...bundle import Bundle
 from ...errors import UsageError
@@ -34,18 +33,23 @@ class _WithOptions:
 def open_sessions(bundle: Bundle, requested: Requested, *, cache: bool) -> Sessions:
     """The sessions that drawing would use: same settings, same options.
 
+    The process that calls this is a child already and may crash, so the engine runs in it; and the harness
+    sees what it does, so that a compiler at work is not taken for a process that hangs.
+
     Raises:
         BackendUnavailable: the backend is not here.
         UsageError: an unknown backend or precision, or options for ``auto``.
     """
     place = requested.name if requested.device == "auto" else f"{requested.name}:{requested.device}"
-    settings = Settings(place, requested.precision, requested.threads, cache=cache)
+    settings = Settings(
+        place, requested.precision, requested.threads, cache=cache, tune=False, isolate="never"
+    )
     if not requested.options:
         return Sessions(bundle, settings)
     name, device = parse_backend(place)
     if name == AUTO:
         raise UsageError(f"options belong to one backend; got {dict(requested.options)} for auto")
-    inner = with_isolation(get_backend(name), device, settings.isolate)
+    inner = get_backend(name)
     require_usable(inner)
     return Sessions(bundle, settings, _WithOptions(inner, dict(requested.options)), device)
 

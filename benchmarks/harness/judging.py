@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from .jobs import Configuration, configuration_key
 from .lane import Lane
 from .pictures import keep_images
 from .plan import RunOptions, Say, Tools
+
+if TYPE_CHECKING:
+    from ..fidelity import Trial
 
 NOT_CHECKED = "parity not checked"
 _FACTS = "reference.json"
@@ -102,19 +105,9 @@ def draw_prompts(lane: Lane) -> list[Sample]:
 
 def judge_components(lane: Lane, reference: Reference, recordings: Path) -> None:
     """Component by component against the reference, in processes of their own; gates go into the lane."""
-    asked = lane.configuration
-    if asked.requested.kind == "peer":
+    if lane.configuration.requested.kind == "peer":
         return
-    cache = lane.folder / "cache" if lane.options.cold else None
-    gates = lane.tools.component_gates(
-        lane.bundle,
-        asked.requested,
-        reference.requested,
-        asked.workload,
-        cache,
-        against=_other(lane, reference),
-        recordings=recordings,
-    )
+    gates = lane.tools.component_gates(_trial(lane, reference, recordings))
     _add(lane, reference, gates)
 
 
@@ -164,7 +157,7 @@ def _learned(lane: Lane, pixels: list[np.ndarray], wanted: list[np.ndarray]) -> 
     load = lane.configuration.workload
     prompts = [prompt for prompt in load.prompts for _ in range(load.batch)]
     try:
-        return measure_learned(pixels, wanted, prompts, options)
+        return measure_learned(pixels, wanted, prompts, options, lane.options.limits)
     except (KilnError, OSError) as error:
         lane.remarks.append(f"LPIPS and CLIP score not told: {' '.join(str(error).split())}")
         return None
@@ -174,23 +167,31 @@ def explain_failure(lane: Lane, reference: Reference, recordings: Path) -> None:
     """Where it parts from the reference first; a failure to find out is a remark."""
     from ..fidelity import explain
 
-    asked = lane.configuration
-    if asked.requested.kind == "peer":
+    if lane.configuration.requested.kind == "peer":
         return
     try:
-        found = explain(
-            lane.bundle,
-            asked.requested,
-            reference.requested,
-            asked.workload,
-            lane.folder / "cache" if lane.options.cold else None,
-            against=_other(lane, reference),
-            recordings=recordings,
-        )
+        found = explain(_trial(lane, reference, recordings))
     except (KilnError, OSError, ValueError) as error:
         lane.remarks.append(f"not explained: {' '.join(str(error).split())}")
         return
     lane.parity = replace(lane.parity, diverges=found)
+
+
+def _trial(lane: Lane, reference: Reference, recordings: Path) -> Trial:
+    """The lane against the reference."""
+    from ..fidelity import Trial
+
+    asked = lane.configuration
+    return Trial(
+        lane.bundle,
+        asked.requested,
+        reference.requested,
+        asked.workload,
+        cache=lane.folder / "cache" if lane.options.cold else None,
+        against=_other(lane, reference),
+        recordings=recordings,
+        limits=lane.options.limits,
+    )
 
 
 def _add(lane: Lane, reference: Reference, gates: list[Gate]) -> None:

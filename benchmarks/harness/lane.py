@@ -140,6 +140,7 @@ class Lane:
         self.worker = Worker(
             started.command,
             started.environment,
+            name=f"the process of {self.name}",
             log=lambda text: self.say(f"{self.name}: {text}"),
             watch=lambda pid: self.peaks(pid),
             limits=self.options.limits,

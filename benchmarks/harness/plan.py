@@ -17,6 +17,7 @@ from .noise import Snapshot, snapshot
 from .process import Limits
 
 if TYPE_CHECKING:
+    from ..fidelity import Trial
     from ..fidelity.learned import LearnedOptions
 
 Say = Callable[[str], None]
@@ -77,11 +78,11 @@ def start_worker(configuration: Configuration, job: Path, cache: Path | None) ->
     return Started((sys.executable, "-W", "ignore", "-m", module, str(job)), environment)
 
 
-def component_gates(*arguments: Any, **options: Any) -> list[Gate]:
+def component_gates(trial: Trial) -> list[Gate]:
     """Parity of components, by ``benchmarks.fidelity``, which is imported when it is needed."""
     from ..fidelity import component_gates as measure
 
-    return measure(*arguments, **options)
+    return measure(trial)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,6 @@ class Tools:
     """What a run works with, so that tests can put other things in their place."""
 
     start: Callable[[Configuration, Path, Path | None], Started] = start_worker
-    component_gates: Callable[..., list[Gate]] = component_gates
+    component_gates: Callable[[Trial], list[Gate]] = component_gates
     environment: Callable[[], dict[str, Any]] = describe_environment
     snapshot: Callable[[float], Snapshot] = snapshot

@@ -37,12 +37,16 @@ class WorkerError(KilnError):
 class Limits:
     """When a silent worker is given up.
 
-    ``idle_s`` without a line and without using processor time; ``total_s`` for one request in any case.
+    ``idle_s`` without a line and without using processor time, itself or any process that it has started;
+    ``total_s`` for one request in any case.
     Compiling for a GPU takes up to half an hour and is silent, but never idle.
     """
 
     idle_s: float = 180.0
     total_s: float = 7200.0
+
+
+LIMITS = Limits()
 
 
 class Worker:
@@ -53,15 +57,17 @@ class Worker:
         command: Sequence[str],
         environment: Mapping[str, str],
         *,
+        name: str = "the process",
         log: Callable[[str], None] = lambda text: None,
         watch: Callable[[int], None] = lambda pid: None,
-        limits: Limits = Limits(),
+        limits: Limits = LIMITS,
     ) -> None:
         """Start it.
 
         Args:
             command: program and arguments.
             environment: all of its variables.
+            name: what it is called when it died or hung.
             log: gets the worker's ``log`` lines.
             watch: is called with the process id some ten times a second while an answer is awaited.
             limits: when to give up.
@@ -69,7 +75,7 @@ class Worker:
         Raises:
             WorkerError: it cannot be started.
         """
-        self._log, self._watch, self._limits = log, watch, limits
+        self._name, self._log, self._watch, self._limits = name, log, watch, limits
         self._answers: queue.Queue[Message | None] = queue.Queue()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
         started = {STARTED: str(time.monotonic_ns())}
@@ -145,7 +151,9 @@ class Worker:
         """End it at once, with all it started."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        # One that waits inside a driver outlives even this; the run goes on without it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ENDS_WITHIN_S)
         self._reader.join(_ENDS_WITHIN_S)
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(OSError, ValueError):
@@ -177,7 +185,7 @@ class Worker:
                 if now - looked > min(_LOOK_EVERY_S, self._limits.idle_s / 2):
                     # Compilers work in processes of their own, so all that it started counts.
                     looked, spent = now, self.cpu_seconds
-                    if spent > used:
+                    if spent != used:  # less when one of them has ended that nobody waits for
                         used, alive = spent, now
                 self._check_alive(do, now - alive, now - asked)
                 continue
@@ -199,14 +207,16 @@ class Worker:
             return message
 
     def _check_alive(self, do: str, idle_s: float, total_s: float) -> None:
-        if idle_s > self._limits.idle_s:
-            why = f"hung: {idle_s:.0f} s without an answer to {do} and without using the processor"
-        elif total_s > self._limits.total_s:
-            why = f"gave no answer to {do} within {self._limits.total_s:.0f} s"
+        limits = self._limits
+        if idle_s > limits.idle_s:
+            still = f"{idle_s:.0f} s without a word and without using the processor"
+            why = f"hung: no answer to {do} in {total_s:.0f} s, the last {still}"
+        elif total_s > limits.total_s:
+            why = f"gave no answer to {do} within {total_s:.0f} s; {limits.total_s:.0f} s are the limit"
         else:
             return
         self.kill()
-        raise WorkerError(why)
+        raise WorkerError(f"{self._name} {why}; it was ended, with all that it had started")
 
     def _epitaph(self, do: str) -> str:
         """How the process ended, and the last that it said."""
@@ -222,7 +232,7 @@ class Worker:
         else:
             how = f"ended with exit code {code}"
         last = self._last_words()
-        return f"the process {how} during {do}" + (f": {last}" if last else "")
+        return f"{self._name} {how} during {do}" + (f": {last}" if last else "")
 
     def _last_words(self) -> str:
         try:

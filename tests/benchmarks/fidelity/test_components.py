@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kiln.benchmarks.fidelity import component_gates, measure_components
+from kiln.benchmarks.fidelity import Trial, component_gates, measure_components
 from kiln.benchmarks.fidelity.calls import INDEX, read_calls, recorded_components
 from kiln.benchmarks.fidelity.child import Child, FidelityError, child
 from kiln.benchmarks.fidelity.components import _row, judge, recording
 from kiln.benchmarks.fidelity.drawing import read_drawn
 from kiln.benchmarks.fidelity.sampling import USUAL, Sampling
+from kiln.benchmarks.harness.process import Limits
 from kiln.benchmarks.records.record import Gate, Requested, WorkloadFacts
 from kiln.bundle import Bundle
 from kiln.errors import StorageError
@@ -37,7 +38,7 @@ def failed(gates: list[Gate]) -> set[tuple[str, str]]:
 
 
 def test_two_engines_in_fp32_are_near(emoji: Bundle, workload: WorkloadFacts, recordings: Path) -> None:
-    report = measure_components(emoji, TESTED, REFERENCE, workload, recordings=recordings)
+    report = measure_components(Trial(emoji, TESTED, REFERENCE, workload, recordings=recordings))
     assert not failed(list(report.gates))
     assert {gate.where for gate in report.gates} == COMPONENTS
     assert {one.provider for one in report.effective.values()} == {"CPUExecutionProvider"}
@@ -96,7 +97,8 @@ def test_one_bad_component_is_named(
 ) -> None:
     """The reference's recording is that of the right bundle, and the backend runs the wrong weights."""
     bundle = plant(tmp_path / "planted", component, tensor, change)
-    with recording(emoji, REFERENCE, workload, USUAL, recordings) as folder:
+    trial = Trial(emoji, TESTED, REFERENCE, workload, recordings=recordings)
+    with recording(trial, USUAL) as folder:
         found = worker.ask(
             "replay", bundle=str(bundle.path), requested=asdict(TESTED), folder=str(folder), cache=False
         )
@@ -108,7 +110,7 @@ def test_another_bundle_is_reported(
     emoji: Bundle, workload: WorkloadFacts, recordings: Path, plant: Plant, tmp_path: Path
 ) -> None:
     scaled = plant(tmp_path / "scaled", "unet", "conv_out.weight", lambda w: w * np.float32(1.5))
-    gates = component_gates(scaled, TESTED, REFERENCE, workload, against=emoji, recordings=recordings)
+    gates = component_gates(Trial(scaled, TESTED, REFERENCE, workload, against=emoji, recordings=recordings))
     assert not failed(gates)
     figure = next(g for g in gates if (g.where, g.metric) == ("unet", "relative_l2"))
     assert figure.limit is None
@@ -118,19 +120,20 @@ def test_another_bundle_is_reported(
 def test_a_recording_is_made_once_and_holds_what_was_drawn(
     emoji: Bundle, workload: WorkloadFacts, recordings: Path
 ) -> None:
-    with recording(emoji, REFERENCE, workload, USUAL, recordings) as folder:
+    trial = Trial(emoji, TESTED, REFERENCE, workload, recordings=recordings)
+    with recording(trial, USUAL) as folder:
         made = (folder / INDEX).stat().st_mtime_ns
         assert set(recorded_components(folder)) == COMPONENTS
         latents, images = read_drawn(folder)
     assert latents.shape == (1, 2, 1, 4, 16, 16)
     assert (images.shape, images.dtype) == ((1, 64, 64, 3), np.uint8)
-    with recording(emoji, REFERENCE, workload, USUAL, recordings) as again:
+    with recording(trial, USUAL) as again:
         assert (again, (again / INDEX).stat().st_mtime_ns) == (folder, made)
         calls = list(read_calls(again, "unet"))
     assert [call.guided for call in calls] == [True, True]
     assert calls[0].feeds["sample"].shape == (2, 4, 16, 16)
     assert calls[0].feeds["timestep"] > calls[1].feeds["timestep"]
-    with recording(emoji, REFERENCE, replace(workload, seed=8), USUAL, recordings) as another:
+    with recording(replace(trial, workload=replace(workload, seed=8)), USUAL) as another:
         assert another != folder
 
 
@@ -139,28 +142,62 @@ def test_a_reference_that_gives_nan_judges_nothing(
 ) -> None:
     broken = plant(tmp_path / "broken", "unet", "conv_out.bias", lambda b: b * np.float32("nan"))
     with pytest.raises(FidelityError, match=r"nothing can be judged by this reference.*unet gave"):
-        component_gates(broken, TESTED, REFERENCE, workload)
+        component_gates(Trial(broken, TESTED, REFERENCE, workload))
 
 
 def test_an_engine_that_refuses_is_an_error_with_its_reason(
     emoji: Bundle, workload: WorkloadFacts, recordings: Path
 ) -> None:
     asked = replace(TESTED, precision="bf16")
-    with pytest.raises(FidelityError, match="SessionError: ONNX Runtime computes in fp32 on a processor"):
-        component_gates(emoji, asked, REFERENCE, workload, recordings=recordings)
+    with pytest.raises(FidelityError, match="parity, replay: ONNX Runtime computes in fp32 on a processor"):
+        component_gates(Trial(emoji, asked, REFERENCE, workload, recordings=recordings))
 
 
 def test_options_reach_the_engine(emoji: Bundle, workload: WorkloadFacts, recordings: Path) -> None:
     asked = replace(REFERENCE, options={"NUM_STREAMS": "2", "PERFORMANCE_HINT": "THROUGHPUT"})
-    report = measure_components(emoji, asked, REFERENCE, workload, recordings=recordings)
+    report = measure_components(Trial(emoji, asked, REFERENCE, workload, recordings=recordings))
     assert {str(one.settings["NUM_STREAMS"]) for one in report.effective.values()} == {"2"}
 
 
 def test_a_child_that_dies_is_told_with_its_signal() -> None:
     with child() as worker:
-        os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(FidelityError, match="was ended by signal 9"):
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(FidelityError, match="parity, replay: the process was ended by SIGKILL"):
             worker.ask("replay", bundle="", requested={}, folder="", cache=False)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (
+            Limits(idle_s=2.0, total_s=600.0),
+            r"hung: no answer to replay in \d+ s, the last \d+ s without a word",
+        ),
+        (Limits(idle_s=600.0, total_s=3.0), r"gave no answer to replay within \d+ s; 3 s are the limit"),
+    ],
+    ids=["idle", "total"],
+)
+def test_a_child_that_hangs_is_given_up(limits: Limits, said: str, emoji: Bundle, tmp_path: Path) -> None:
+    """It waits for a recording that nobody writes: the list of calls is a pipe."""
+    os.mkfifo(tmp_path / INDEX)
+    asked = {"bundle": str(emoji.path), "requested": asdict(TESTED), "folder": str(tmp_path), "cache": False}
+    with child(limits=limits) as worker:
+        with pytest.raises(FidelityError, match=f"^parity, replay: the process {said}"):
+            worker.ask("replay", **asked)
+        assert worker.pid not in sessions_of_children()
+
+
+def sessions_of_children() -> list[int]:
+    """Processes of this one that lead a session of their own and still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, _, session = path.read_text().rsplit(")", 1)[1].split()[:4]
+        except (OSError, ValueError):
+            continue
+        if int(parent) == os.getpid() and session == path.parent.name and state not in "ZX":
+            found.append(int(session))
+    return found
 
 
 def test_an_unfinished_recording_is_not_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kiln.benchmarks.fidelity import explain
+from kiln.benchmarks.fidelity import Trial, explain
 from kiln.benchmarks.fidelity.calls import read_calls
 from kiln.benchmarks.fidelity.components import recording
 from kiln.benchmarks.fidelity.layers import OUTPUT, GraphMap, read_map
@@ -38,7 +38,7 @@ def test_a_planted_weight_is_named(
     layer = "up_blocks.1.resnets.0.conv1"
     bundle = plant(tmp_path / "planted", "unet", f"{layer}.weight", lambda w: w * np.float32(1.1))
     found = explain(
-        bundle, ONNXRUNTIME, OPENVINO, workload, against=emoji, sampling=SHORT, recordings=recordings
+        Trial(bundle, ONNXRUNTIME, OPENVINO, workload, against=emoji, recordings=recordings), SHORT
     )
     assert (found["component"], found["layer"], found["kind"]) == ("unet", layer, "jump")
     assert found["layer_error"] > 0.05
@@ -65,14 +65,9 @@ def test_a_planted_operator_is_named(
     next(a for a in planted.attribute if a.name == "epsilon").f = 0.5
     path.write_bytes(model.SerializeToString())
     signed(folder, "text_encoder/model.onnx")
+    bundle = open_bundle(folder)
     found = explain(
-        open_bundle(folder),
-        ONNXRUNTIME,
-        OPENVINO,
-        workload,
-        against=emoji,
-        sampling=SHORT,
-        recordings=recordings,
+        Trial(bundle, ONNXRUNTIME, OPENVINO, workload, against=emoji, recordings=recordings), SHORT
     )
     assert (found["component"], found["kind"]) == ("text_encoder", "jump")
     assert planted.input[1].startswith(found["layer"] + ".weight")
@@ -86,7 +81,7 @@ def test_a_layer_that_gives_nan_is_named(
     layer = "decoder.layers.6.conv.2"
     bundle = plant(tmp_path / "nan", "vae_decoder", f"{layer}.bias", lambda b: b * np.float32("nan"))
     found = explain(
-        bundle, ONNXRUNTIME, OPENVINO, workload, against=emoji, sampling=SHORT, recordings=recordings
+        Trial(bundle, ONNXRUNTIME, OPENVINO, workload, against=emoji, recordings=recordings), SHORT
     )
     assert (found["component"], found["exceeds"], found["layer"]) == ("vae_decoder", True, layer)
     assert found["layer_error"] is None
@@ -121,7 +116,7 @@ def test_modules_of_torch_and_tensors_of_the_graph_are_the_same(
 def test_looking_inside_leaves_the_output_as_it_is(
     emoji: Bundle, workload: WorkloadFacts, recordings: Path, tmp_path: Path
 ) -> None:
-    with recording(emoji, OPENVINO, workload, SHORT, recordings) as folder:
+    with recording(Trial(emoji, ONNXRUNTIME, OPENVINO, workload, recordings=recordings), SHORT) as folder:
         call = next(read_calls(folder, "unet"))
         names = ["conv_in", "conv_out", "no such layer"]
         probe(emoji, ONNXRUNTIME, folder, "unet", 0, names, tmp_path / "out.npz")

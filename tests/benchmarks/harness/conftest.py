@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from kiln.benchmarks.fidelity import Trial
 from kiln.benchmarks.harness.driver import Outcome, Run
 from kiln.benchmarks.harness.jobs import Configuration
 from kiln.benchmarks.harness.noise import Snapshot
 from kiln.benchmarks.harness.plan import Plan, RunOptions, Started, Tools
 from kiln.benchmarks.harness.process import Limits
 from kiln.benchmarks.harness.workloads import Workload, facts_of, load_workload
-from kiln.benchmarks.records.record import Record, Requested
+from kiln.benchmarks.records.record import Gate, Record, Requested
 from kiln.bundle import open_bundle
 from kiln.exporters.resolve import bundled_models
 
@@ -57,6 +58,8 @@ class Bench:
     options: RunOptions
     said: list[str] = field(default_factory=list)
     snapshots: Iterator[Snapshot] | None = None
+    gates: Callable[[Trial], list[Gate]] = lambda trial: []
+    reference: dict[str, Any] | None = None
 
     def configurations(self) -> tuple[Configuration, ...]:
         bundle = open_bundle(bundled_models()["emoji"])
@@ -75,7 +78,7 @@ class Bench:
         still = self.snapshots or (quiet(float(i)) for i in itertools.count())
         tools = Tools(
             start=self._start,
-            component_gates=lambda *arguments, **options: [],
+            component_gates=self.gates,
             environment=lambda: {"cpu": "scripted", "threads": 2},
             snapshot=lambda own_s: next(still),
         )
@@ -86,7 +89,7 @@ class Bench:
 
     def _start(self, configuration: Configuration, job: Path, cache: Path | None) -> Started:
         said = self.scripts.get(configuration.requested.name)
-        reference = script(backend=configuration.requested.name)
+        reference = self.reference or script(backend=configuration.requested.name)
         row = reference["effective"]["unet"]
         row |= {"device": configuration.requested.device, "provider": row["provider"]}
         path = job.with_name("script.json")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kiln.benchmarks.fidelity import Trial
+from kiln.benchmarks.fidelity.calls import INDEX
+from kiln.benchmarks.fidelity.child import child
 from kiln.benchmarks.harness.driver import Interrupted
 from kiln.benchmarks.harness.partial import check_interrupted
 from kiln.benchmarks.harness.process import Limits
+from kiln.benchmarks.records.record import Gate
 from kiln.errors import UsageError
 
 Scripted = Callable[..., dict[str, Any]]
@@ -52,8 +59,47 @@ def test_what_was_timed_before_a_crash_is_kept(bench: Callable[..., Any], script
 def test_a_hang_is_given_up(bench: Callable[..., Any], scripted: Scripted) -> None:
     made = bench({"onnxruntime": scripted(hangs_at=3)}, limits=Limits(idle_s=2.0, total_s=600.0))
     record = made.records()["onnxruntime"]
-    assert any(text.startswith("hung: ") for text in record.reasons), record.reasons
+    said = "the process of onnxruntime fp32 hung: no answer to draw in "
+    assert any(text.startswith(said) for text in record.reasons), record.reasons
     assert len(record.samples) == 1
+
+
+def test_parity_that_hangs_makes_its_row_invalid_and_the_others_go_on(
+    bench: Callable[..., Any], scripted: Scripted, tmp_path: Path
+) -> None:
+    """The child that looks at components is a real one; it waits for a recording that nobody writes."""
+    os.mkfifo(tmp_path / INDEX)
+
+    def hangs(trial: Trial) -> list[Gate]:
+        if trial.requested.name == "onnxruntime":
+            with child(limits=Limits(idle_s=2.0, total_s=600.0)) as worker:
+                asked = {"bundle": str(trial.bundle.path), "requested": asdict(trial.requested)}
+                worker.ask("replay", **asked, folder=str(tmp_path), cache=False)
+        return []
+
+    made = bench({"onnxruntime": scripted(), "openvino": other(scripted)})
+    made.gates = hangs
+    records = made.records()
+    broken, whole = records["onnxruntime"], records["openvino"]
+    assert broken.verdict == "invalid"
+    assert any("parity, replay: the process hung: no answer" in text for text in broken.reasons)
+    assert not broken.samples
+    assert (whole.verdict, len(whole.samples)) == ("valid", 6), whole.reasons
+
+
+def test_a_reference_that_hangs_leaves_every_row_unchecked(
+    bench: Callable[..., Any], scripted: Scripted
+) -> None:
+    made = bench({"onnxruntime": scripted()}, limits=Limits(idle_s=2.0, total_s=600.0))
+    made.reference = scripted(hangs_at=1)
+    record = made.records()["onnxruntime"]
+    assert record.verdict == "invalid"
+    assert any(
+        text.startswith("parity not checked: the reference could not be drawn: the process of ")
+        and "hung: no answer to draw" in text
+        for text in record.reasons
+    ), record.reasons
+    assert len(record.samples) == 6
 
 
 def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
