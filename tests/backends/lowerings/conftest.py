@@ -1,4 +1,4 @@
-"""Shared by the tests of the lowerings: components of the tiny bundle, feeds, and two ways to run a model."""
+"""Shared by the tests of the lowerings: graphs, feeds, two ways to run a model, and how far it is off."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import filelock
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from kiln.backends.base import GraphSource
 from kiln.backends.lowerings.registry import external_data_folder_entry, lower
+from kiln.backends.lowerings.static import make_static
 from kiln.exporters.export import ExportSpec, export
 
 Shapes = dict[str, tuple[int, ...]]
@@ -143,6 +145,74 @@ def compare() -> Callable[[list[np.ndarray], list[np.ndarray]], float]:
         return max(relative_l2(a, e) for a, e in zip(actual, expected, strict=True))
 
     return check
+
+
+@pytest.fixture(scope="session")
+def lower_tiny(source_of: Callable[..., GraphSource]) -> Callable[..., onnx.ModelProto]:
+    """``lower_tiny(names, component, stored="fp32")``: a component of a tiny bundle, lowered."""
+
+    def lowered(names: tuple[str, ...], component: str, stored: str = "fp32") -> onnx.ModelProto:
+        return lower(names, source_of(component, stored), SHAPES[component])
+
+    return lowered
+
+
+@pytest.fixture(scope="session")
+def error_of(
+    source_of: Callable[..., GraphSource],
+    feeds: dict[str, Arrays],
+    run_ort: Callable[..., list[np.ndarray]],
+    canonical_outputs: Callable[..., list[np.ndarray]],
+    compare: Callable[..., float],
+) -> Callable[..., float]:
+    """``error_of(model, component, stored="fp32")``: how far a model is from the canonical graph.
+
+    The model reads the weights of that component and is run by ONNX Runtime.
+    """
+
+    def error(model: onnx.ModelProto, component: str, stored: str = "fp32") -> float:
+        actual = run_ort(model, source_of(component, stored), feeds[component])
+        return compare(actual, canonical_outputs(component, stored))
+
+    return error
+
+
+@pytest.fixture(scope="session")
+def exact_error_of(
+    source_of: Callable[..., GraphSource],
+    feeds: dict[str, Arrays],
+    run_exactly: Callable[..., list[np.ndarray]],
+    canonical_outputs: Callable[..., list[np.ndarray]],
+    compare: Callable[..., float],
+) -> Callable[..., float]:
+    """``error_of`` with the model run by onnx's reference, which rounds after each operator."""
+
+    def error(model: onnx.ModelProto, component: str, stored: str = "fp32") -> float:
+        folder = source_of(component, stored).weights_path.parent
+        return compare(run_exactly(model, feeds[component], folder), canonical_outputs(component, stored))
+
+    return error
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., onnx.ModelProto]:
+    """``small(nodes, ports, constants)``: a static model of these nodes, whose output is ``y``."""
+
+    def make(nodes: list[onnx.NodeProto], ports: Shapes, constants: Arrays) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            nodes,
+            "small",
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ports.items()],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [
+                onnx.numpy_helper.from_array(value.astype(np.float32), name)
+                for name, value in constants.items()
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+        return make_static(model, ports)
+
+    return make
 
 
 @pytest.fixture(scope="session")

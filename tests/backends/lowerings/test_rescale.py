@@ -10,7 +10,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from kiln.backends.lowerings.editor import Editor
-from kiln.backends.lowerings.registry import lower
 from kiln.backends.lowerings.rescale import FACTOR, rescale
 from kiln.benchmarks.parity import THRESHOLDS
 
@@ -20,28 +19,16 @@ LIMIT = THRESHOLDS["lowered_relative_l2"]
 @pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
 @pytest.mark.parametrize("names", [("static",), ("opset17",)], ids="-".join)
 def test_in_fp32_the_result_is_the_same(
-    names: tuple[str, ...],
-    component: str,
-    source_of: Any,
-    shapes: Any,
-    feeds: Any,
-    run_ort: Any,
-    canonical_outputs: Any,
-    compare: Any,
+    names: tuple[str, ...], component: str, lower_tiny: Any, error_of: Any
 ) -> None:
-    source = source_of(component)
-    editor = Editor(lower(names, source, shapes[component]))
+    editor = Editor(lower_tiny(names, component))
     norms = len(editor.live("GroupNormalization", "InstanceNormalization"))
     assert rescale(editor) == norms > 0
-    actual = run_ort(editor.finish(), source, feeds[component])
-    assert LIMIT.holds(compare(actual, canonical_outputs(component)))
+    assert LIMIT.holds(error_of(editor.finish(), component))
 
 
-def test_without_the_epsilon_it_is_not(
-    source_of: Any, shapes: Any, feeds: Any, run_ort: Any, canonical_outputs: Any, compare: Any
-) -> None:
-    source = source_of("vae_decoder")
-    editor = Editor(lower(("static",), source, shapes["vae_decoder"]))
+def test_without_the_epsilon_it_is_not(lower_tiny: Any, error_of: Any) -> None:
+    editor = Editor(lower_tiny(("static",), "vae_decoder"))
     found = [
         (entry, entry.f)
         for node in editor.live("GroupNormalization")
@@ -51,8 +38,7 @@ def test_without_the_epsilon_it_is_not(
     rescale(editor, 2.0**-9)
     for entry, epsilon in found:
         entry.f = epsilon
-    actual = run_ort(editor.finish(), source, feeds["vae_decoder"])
-    assert not LIMIT.holds(compare(actual, canonical_outputs("vae_decoder")))
+    assert not LIMIT.holds(error_of(editor.finish(), "vae_decoder"))
 
 
 def network(extra: list[Any], output: str) -> onnx.ModelProto:
