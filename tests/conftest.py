@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 import signal
@@ -19,6 +20,21 @@ from kiln.exporters import graphs, tracing
 from kiln.exporters.export import ExportSpec, export
 
 SHIPPED = Path(kiln.__file__).parent / "exporters/data/sd1"
+
+
+@pytest.fixture(scope="session")
+def helper() -> Callable[[str], Any]:
+    """``helper("backends/fakes_onnxruntime")``: a module of the tests that holds none.
+
+    Folders of tests are no packages, so it is imported by its bare name, and so is what it imports.
+    """
+
+    def load(path: str) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend((Path(__file__).parent / path).parent)
+            return importlib.import_module(Path(path).name)
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CONTRACT = HERE.parent / "contract/test_backend_contract.py"
+CONTRACT = [str(HERE.parent / f"contract/test_backend_{part}.py") for part in ("contract", "cache")]
 
 DYNAMIC = "onnxruntime-cuda or onnxruntime-openvino"
 # What does not hold for engines that compile for fixed shapes, and what the contract says of engines that
-# keep no files of their own; test_onnxruntime_providers.py has the opposite of both.
+# keep no files of their own; test_onnxruntime_providers.py and _engine_cache.py have the opposite of both.
 STATIC = "(onnxruntime-webgpu or onnxruntime-tensorrt or onnxruntime-migraphx)"
 EXCEPT = "not dynamic and not one_input_fixed and not batches and not second_time"
 
@@ -24,7 +24,7 @@ EXCEPT = "not dynamic and not one_input_fixed and not batches and not second_tim
 def test_contract(words: str, least: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "fakes_onnxruntime", "-p", "no:cacheprovider"]
-    command += ["--import-mode=importlib", f"--basetemp={tmp_path}", "-k", words, str(CONTRACT)]
+    command += ["--import-mode=importlib", f"--basetemp={tmp_path}", "-k", words, *CONTRACT]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         command,

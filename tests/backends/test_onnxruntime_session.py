@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import sys
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -32,21 +30,6 @@ from kiln.errors import BackendUnavailable, SessionError
 ort = pytest.importorskip("onnxruntime")
 
 
-def load(path: Path) -> Any:
-    """A file of the tests as a module; folders of tests are no packages."""
-    spec = importlib.util.spec_from_file_location(f"kiln_session_{path.stem}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-TOY = load(Path(__file__).parent.parent / "contract/conftest.py")
-FEEDS = TOY.make_feeds()
-SHAPES = {name: array.shape for name, array in FEEDS.items()}
-FIXED = PrepareOptions(shapes=SHAPES, precision="fp32", threads=1)
 LIMIT = THRESHOLDS["component_relative_l2"]
 STATIC = ("static", "opset17")
 BACKEND = registry.get_backend("onnxruntime")
@@ -54,15 +37,6 @@ BACKEND = registry.get_backend("onnxruntime")
 absent = pytest.mark.skipif(
     "CUDAExecutionProvider" in ort.get_available_providers(), reason="this onnxruntime has CUDA"
 )
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> GraphSource:
-    return TOY.write_graph(tmp_path / "graph", TOY.make_weights(), digest="tiny")
-
-
-def expected(feeds: dict[str, np.ndarray]) -> np.ndarray:
-    return TOY.numpy_unet(TOY.make_weights(), feeds)
 
 
 @absent
@@ -78,40 +52,41 @@ def test_the_real_library_falls_back_in_silence(source: GraphSource) -> None:
 
 @absent
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "MIGraphXExecutionProvider"])
-def test_a_provider_that_is_left_out_is_an_error(source: GraphSource, provider: str) -> None:
+def test_a_provider_that_is_left_out_is_an_error(source: GraphSource, toy: Any, provider: str) -> None:
     plan = Plan("onnxruntime-x", provider, "x:0")
     told = rf"left out {provider} and would run on {CPU}: this build has only .*{CPU}.*uninstall all of them"
     with pytest.raises(BackendUnavailable, match=told):
-        open_session(ort, source, FIXED, plan)
+        open_session(ort, source, toy.FIXED, plan)
 
 
-def test_shapes_are_fixed_in_the_graph(source: GraphSource) -> None:
-    native = open_session(ort, source, FIXED, Plan("onnxruntime", CPU, "cpu")).native
-    assert {port.name: tuple(port.shape) for port in native.get_inputs()} == SHAPES
+def test_shapes_are_fixed_in_the_graph(source: GraphSource, toy: Any) -> None:
+    native = open_session(ort, source, toy.FIXED, Plan("onnxruntime", CPU, "cpu")).native
+    assert {port.name: tuple(port.shape) for port in native.get_inputs()} == toy.SHAPES
     assert native.get_outputs()[0].shape == [2, 4, 8, 12]
 
 
-def test_axes_that_contradict(source: GraphSource) -> None:
-    options = replace(FIXED, shapes=SHAPES | {"encoder_hidden_states": (1, 7, 32)})
+def test_axes_that_contradict(source: GraphSource, toy: Any) -> None:
+    options = replace(toy.FIXED, shapes=toy.SHAPES | {"encoder_hidden_states": (1, 7, 32)})
     with pytest.raises(SessionError, match="batch_size is fixed to 2 and, for encoder_hidden_states, to 1"):
         BACKEND.prepare(source, options)
 
 
 def test_lowered_bytes_find_their_weights(
-    source: GraphSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: GraphSource, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph comes as bytes, the weights from the bundle's folder, wherever the process stands."""
     monkeypatch.chdir(tmp_path)
-    opened = open_session(ort, source, FIXED, Plan("onnxruntime", CPU, "cpu", lowerings=STATIC))
-    assert LIMIT.holds(relative_l2(OrtSession(source, opened).run(FEEDS)["out_sample"], expected(FEEDS)))
+    opened = open_session(ort, source, toy.FIXED, Plan("onnxruntime", CPU, "cpu", lowerings=STATIC))
+    assert LIMIT.holds(
+        relative_l2(OrtSession(source, opened).run(toy.FEEDS)["out_sample"], toy.expected(toy.FEEDS))
+    )
 
 
-def test_other_weights_give_another_result(source: GraphSource, tmp_path: Path) -> None:
-    weights = TOY.make_weights()
-    weights["conv.bias"][0] += 1
-    other = TOY.write_graph(tmp_path / "other", weights, digest="other")
-    options = replace(FIXED, cache_dir=tmp_path / "cache")
-    first, second = (BACKEND.prepare(s, options).run(FEEDS)["out_sample"] for s in (source, other))
+def test_other_weights_give_another_result(
+    source: GraphSource, other: GraphSource, toy: Any, tmp_path: Path
+) -> None:
+    options = replace(toy.FIXED, cache_dir=tmp_path / "cache")
+    first, second = (BACKEND.prepare(s, options).run(toy.FEEDS)["out_sample"] for s in (source, other))
     assert np.allclose(second[:, 0] - first[:, 0], 1, atol=1e-3)
     assert np.array_equal(second[:, 1:], first[:, 1:])
 
@@ -120,47 +95,47 @@ def test_other_weights_give_another_result(source: GraphSource, tmp_path: Path) 
 
 
 @pytest.fixture
-def bound(source: GraphSource) -> BoundSession:
+def bound(source: GraphSource, toy: Any) -> BoundSession:
     """On the processor, where the real library can show that buffers are used again."""
-    opened = open_session(ort, source, FIXED, Plan("onnxruntime", CPU, "cpu", lowerings=STATIC))
+    opened = open_session(ort, source, toy.FIXED, Plan("onnxruntime", CPU, "cpu", lowerings=STATIC))
     return BoundSession(ort, source, opened, "cpu", 0)
 
 
-def test_bound(bound: BoundSession) -> None:
-    twice = {name: array * 2 for name, array in FEEDS.items()}
-    kept = bound.run(FEEDS)["out_sample"]
+def test_bound(toy: Any, bound: BoundSession) -> None:
+    twice = {name: array * 2 for name, array in toy.FEEDS.items()}
+    kept = bound.run(toy.FEEDS)["out_sample"]
     copy = kept.copy()
-    assert LIMIT.holds(relative_l2(kept, expected(FEEDS)))
-    assert LIMIT.holds(relative_l2(bound.run(twice)["out_sample"], expected(twice)))
+    assert LIMIT.holds(relative_l2(kept, toy.expected(toy.FEEDS)))
+    assert LIMIT.holds(relative_l2(bound.run(twice)["out_sample"], toy.expected(twice)))
     assert np.array_equal(kept, copy)  # the caller's, not the buffer
 
 
-def test_bound_buffers_stay_at_their_address(bound: BoundSession) -> None:
+def test_bound_buffers_stay_at_their_address(toy: Any, bound: BoundSession) -> None:
     def addresses() -> list[int]:
         return [value.data_ptr() for value in (*bound._inputs.values(), *bound._outputs.values())]
 
     before = addresses()
-    bound.run(FEEDS)
-    bound.run({name: array + 1 for name, array in FEEDS.items()})
+    bound.run(toy.FEEDS)
+    bound.run({name: array + 1 for name, array in toy.FEEDS.items()})
     assert addresses() == before
     assert len(set(before)) == 4
 
 
-def test_bound_with_free_shapes(source: GraphSource) -> None:
+def test_bound_with_free_shapes(source: GraphSource, toy: Any) -> None:
     free = PrepareOptions(threads=1)
     session = BoundSession(
         ort, source, open_session(ort, source, free, Plan("onnxruntime", CPU, "cpu")), "cpu", 0
     )
     for sizes in ({}, {"batch": 1, "height": 16}, {"length": 13}):
-        feeds = TOY.make_feeds(**sizes)
-        assert LIMIT.holds(relative_l2(session.run(feeds)["out_sample"], expected(feeds)))
+        feeds = toy.make_feeds(**sizes)
+        assert LIMIT.holds(relative_l2(session.run(feeds)["out_sample"], toy.expected(feeds)))
 
 
-def test_bound_is_closed(bound: BoundSession) -> None:
-    bound.run(FEEDS)
+def test_bound_is_closed(toy: Any, bound: BoundSession) -> None:
+    bound.run(toy.FEEDS)
     bound.close()
     with pytest.raises(SessionError, match="closed"):
-        bound.run(FEEDS)
+        bound.run(toy.FEEDS)
 
 
 # What is read back.
@@ -197,8 +172,8 @@ def test_placement_unknown() -> None:
         check_placement(session_with(), "X", INDEX_OPERATORS)
 
 
-def test_the_real_assignment_is_recorded(source: GraphSource) -> None:
-    native = open_session(ort, source, FIXED, Plan("onnxruntime", CPU, "cpu")).native
+def test_the_real_assignment_is_recorded(source: GraphSource, toy: Any) -> None:
+    native = open_session(ort, source, toy.FIXED, Plan("onnxruntime", CPU, "cpu")).native
     assert sum(check_placement(native, CPU, ()).values()) >= 5
 
 
@@ -228,14 +203,14 @@ def test_options_that_are_not_in_force(asked: str, reported: str) -> None:
         (("static", "opset22", "bf16"), "bf16"),
     ],
 )
-def test_the_type_of_a_graph(source: GraphSource, names: tuple[str, ...], precision: str) -> None:
+def test_the_type_of_a_graph(source: GraphSource, toy: Any, names: tuple[str, ...], precision: str) -> None:
     """Weights are stored in fp16 in all of them."""
-    model = lowered(source, FIXED, names)
+    model = lowered(source, toy.FIXED, names)
     assert model is not None
     assert graph_precision(model) == precision
 
 
-def test_a_lowering_that_does_not_do_what_it_says(source: GraphSource) -> None:
+def test_a_lowering_that_does_not_do_what_it_says(source: GraphSource, toy: Any) -> None:
     plan = Plan("onnxruntime-x", CPU, "cpu", "fp16", lowerings=STATIC)
     with pytest.raises(SessionError, match="typed fp32 after the lowerings static, opset17; fp16 was asked"):
-        open_session(ort, source, FIXED, plan)
+        open_session(ort, source, toy.FIXED, plan)

@@ -1,23 +1,28 @@
-"""A tiny graph with the ports of the UNet, made by hand, whose weights lie in a safetensors file."""
+"""Shared by the contract: each registered backend, what it can run, and how a result is checked."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
-from safetensors.numpy import save_file
 
-from kiln.backends.base import GraphSource
+from kiln.backends import registry
+from kiln.backends.base import Backend, GraphSource, PrepareOptions
 from kiln.backends.isolation.backend import IsolatedBackend
+from kiln.benchmarks.parity import THRESHOLDS, relative_l2
+from kiln.components import CONTRACTS
 
-CHANNELS, HIDDEN, INNER = 4, 32, 64
+LIMIT = THRESHOLDS["component_relative_l2"]
+HIDDEN = 32
+# Backends that compute nothing, and that build modules instead of reading graphs.
+WITHOUT_VALUES = {"null"}
+FROM_MODULES = {"torch"}
+# Backends that compile for one shape: they are given every shape, and tests of free shapes are not for them.
+STATIC_ONLY = {"onnxruntime-tensorrt", "onnxruntime-migraphx", "onnxruntime-webgpu"}
 
 
 @dataclass(frozen=True)
@@ -28,89 +33,121 @@ class Case:
     expected: Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
-def make_feeds(batch: int = 2, height: int = 8, width: int = 12, length: int = 7) -> dict[str, np.ndarray]:
-    """Inputs of the UNet contract."""
-    rng = np.random.default_rng(batch + height)
-    return {
-        "sample": rng.standard_normal((batch, CHANNELS, height, width)).astype(np.float32),
-        "timestep": np.array(12.25, np.float32),
-        "encoder_hidden_states": rng.standard_normal((batch, length, HIDDEN)).astype(np.float32),
-    }
+@pytest.fixture(params=[*registry.names(), "onnxruntime in a child process"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each registered backend; one that is not there is skipped with its own reason."""
+    name, _, isolated = request.param.partition(" ")
+    found = registry.get_backend(name)
+    reason = registry.why_unusable(found)
+    if reason:
+        pytest.skip(reason)
+    if isolated:
+        return request.getfixturevalue("isolated_onnxruntime")
+    return _WithShapes(found, request.getfixturevalue("toy").SHAPES) if name in STATIC_ONLY else found
 
 
-def make_weights() -> dict[str, np.ndarray]:
-    """Weights of the hand-made graph, in fp16 precision."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        "conv.weight": (CHANNELS, CHANNELS, 3, 3),
-        "conv.bias": (CHANNELS,),
-        "time.weight": (CHANNELS, 1, 1),
-        "context.in.weight": (HIDDEN, INNER),
-        "context.out.weight": (INNER, CHANNELS),
-    }
-    return {k: (rng.standard_normal(v) / 4).astype(np.float16) for k, v in shapes.items()}
+class _WithShapes:
+    """A backend for fixed shapes only, given those of the default inputs where a test gives none."""
+
+    def __init__(self, inner: Backend, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.name, self.probe, self.devices = inner.name, inner.probe, inner.devices
+        self._inner, self._shapes = inner, shapes
+
+    def prepare(self, source: Any, options: PrepareOptions) -> Any:
+        return self._inner.prepare(source, replace(options, shapes=options.shapes or self._shapes))
 
 
-def numpy_unet(weights: dict[str, np.ndarray], feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """What the hand-made graph computes, in float64: convolution + time + mean of a small network."""
-    w = {k: v.astype(np.float64) for k, v in weights.items()}
-    padded = np.pad(feeds["sample"].astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
-    out = np.einsum("bchwij,ocij->bohw", windows, w["conv.weight"]) + w["conv.bias"][:, None, None]
-    inner = np.maximum(feeds["encoder_hidden_states"].astype(np.float64) @ w["context.in.weight"], 0)
-    context = (inner @ w["context.out.weight"]).mean(axis=1)
-    return out + w["time.weight"] * float(feeds["timestep"]) + context[:, :, None, None]
+@pytest.fixture(scope="module")
+def isolated_onnxruntime() -> Iterator[IsolatedBackend]:
+    """ONNX Runtime in one child process for all tests."""
+    with IsolatedBackend("onnxruntime") as isolated:
+        yield isolated
 
 
-def write_graph(folder: Path, weights: dict[str, np.ndarray], *, digest: str) -> GraphSource:
-    """Write ``model.onnx`` and the ``weights.safetensors`` that it points into."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "weights.safetensors"
-    save_file(weights, path)
-    initializers = [_external(name, weights[name], *_span(path, name)) for name in weights]
-    nodes = [helper.make_node("Cast", [name], [f"{name}.f"], to=TensorProto.FLOAT) for name in weights]
-    nodes += [
-        helper.make_node("Conv", ["sample", "conv.weight.f", "conv.bias.f"], ["conv"], pads=[1, 1, 1, 1]),
-        helper.make_node("Mul", ["time.weight.f", "timestep"], ["time"]),
-        helper.make_node("MatMul", ["encoder_hidden_states", "context.in.weight.f"], ["inner"]),
-        helper.make_node("Relu", ["inner"], ["active"]),
-        helper.make_node("MatMul", ["active", "context.out.weight.f"], ["tokens"]),
-        helper.make_node("ReduceMean", ["tokens", "token_axis"], ["mean"], keepdims=0),
-        helper.make_node("Unsqueeze", ["mean", "pixel_axes"], ["context"]),
-        helper.make_node("Add", ["conv", "time"], ["timed"]),
-        helper.make_node("Add", ["timed", "context"], ["out_sample"]),
-    ]
-    initializers.append(helper.make_tensor("token_axis", TensorProto.INT64, [1], [1]))
-    initializers.append(helper.make_tensor("pixel_axes", TensorProto.INT64, [2], [2, 3]))
-    f32, image = TensorProto.FLOAT, ["batch_size", CHANNELS, "latent_height", "latent_width"]
-    inputs = [
-        helper.make_tensor_value_info("sample", f32, image),
-        helper.make_tensor_value_info("timestep", f32, []),
-        helper.make_tensor_value_info(
-            "encoder_hidden_states", f32, ["batch_size", "sequence_length", HIDDEN]
-        ),
-    ]
-    outputs = [helper.make_tensor_value_info("out_sample", f32, image)]
-    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    return GraphSource("unet", folder / "model.onnx", path, {"out_channels": CHANNELS}, digest)
+@pytest.fixture
+def free_shapes(backend: Backend) -> None:
+    """Skips the backends that take fixed shapes only."""
+    if backend.name in STATIC_ONLY:
+        pytest.skip("takes fixed shapes only")
 
 
-def _span(path: Path, name: str) -> tuple[int, int]:
-    """Absolute offset and length of a tensor, from the header of the safetensors file."""
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    first, last = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
-    return 8 + length + first, last - first
+@pytest.fixture
+def reads_files(backend: Backend) -> None:
+    """Skips the backends that read no weights."""
+    if backend.name in WITHOUT_VALUES:
+        pytest.skip("reads no files")
 
 
-def _external(name: str, array: np.ndarray, offset: int, length: int) -> onnx.TensorProto:
-    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", "weights.safetensors"), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+@pytest.fixture
+def reads_graphs(backend: Backend) -> None:
+    """Skips the backends that run no graph."""
+    if backend.name in WITHOUT_VALUES | FROM_MODULES:
+        pytest.skip("reads no graph")
+
+
+@pytest.fixture
+def computes(backend: Backend) -> bool:
+    """Whether what the backend gives depends on what it is given."""
+    return backend.name not in WITHOUT_VALUES
+
+
+@pytest.fixture
+def check(computes: bool) -> Callable[[dict[str, np.ndarray], np.ndarray], None]:
+    """``check(outputs, expected)``: names, dtype, shape, finite, values: in this order."""
+
+    def compare(outputs: dict[str, np.ndarray], expected: np.ndarray) -> None:
+        assert list(outputs) == [port.name for port in CONTRACTS["unet"].outputs]
+        actual = outputs["out_sample"]
+        assert actual.dtype == np.float32
+        assert actual.shape == expected.shape
+        assert np.isfinite(actual).all()
+        if computes:
+            assert LIMIT.holds(relative_l2(actual, expected))
+
+    return compare
+
+
+@pytest.fixture
+def case(backend: Backend, request: pytest.FixtureRequest) -> Case:
+    """A component that this backend can run, with what it should give."""
+    return request.getfixturevalue("module_case" if backend.name in FROM_MODULES else "graph_case")
+
+
+@pytest.fixture(scope="session")
+def toy(helper: Callable[[str], Any]) -> Any:
+    """The hand-made graph: how it is written, its inputs, and what it computes."""
+    return helper("contract/toy_unet")
+
+
+@pytest.fixture
+def feeds(toy: Any) -> Callable[..., dict[str, np.ndarray]]:
+    """Makes inputs of given sizes."""
+    return toy.make_feeds
+
+
+@pytest.fixture
+def weights(toy: Any) -> dict[str, np.ndarray]:
+    """The weights of the hand-made graph."""
+    return toy.make_weights()
+
+
+@pytest.fixture
+def write(toy: Any) -> Callable[..., GraphSource]:
+    """Writes the hand-made graph with other weights."""
+    return toy.write_graph
+
+
+@pytest.fixture
+def graph_case(toy: Any, tmp_path: Path) -> Case:
+    """The hand-made graph and numpy's result."""
+    source = toy.write_graph(tmp_path / "graph", toy.make_weights(), digest="tiny")
+    return Case(source, toy.expected)
+
+
+@pytest.fixture
+def module_case(tmp_path: Path) -> Case:
+    """The diffusers module and its own result."""
+    return make_module_case(tmp_path / "module")
 
 
 def make_module_case(folder: Path) -> Case:
@@ -141,42 +178,3 @@ def make_module_case(folder: Path) -> Case:
             return module(*tensors).sample.numpy()
 
     return Case(source, expected)
-
-
-@pytest.fixture
-def feeds() -> Callable[..., dict[str, np.ndarray]]:
-    """Makes inputs of given sizes."""
-    return make_feeds
-
-
-@pytest.fixture
-def weights() -> dict[str, np.ndarray]:
-    """The weights of the hand-made graph."""
-    return make_weights()
-
-
-@pytest.fixture
-def write() -> Callable[..., GraphSource]:
-    """Writes the hand-made graph with other weights."""
-    return write_graph
-
-
-@pytest.fixture
-def graph_case(tmp_path: Path) -> Case:
-    """The hand-made graph and numpy's result."""
-    weights = make_weights()
-    source = write_graph(tmp_path / "graph", weights, digest="tiny")
-    return Case(source, lambda feeds: numpy_unet(weights, feeds))
-
-
-@pytest.fixture
-def module_case(tmp_path: Path) -> Case:
-    """The diffusers module and its own result."""
-    return make_module_case(tmp_path / "module")
-
-
-@pytest.fixture(scope="module")
-def isolated_onnxruntime() -> Iterator[IsolatedBackend]:
-    """ONNX Runtime in one child process for all tests."""
-    with IsolatedBackend("onnxruntime") as isolated:
-        yield isolated

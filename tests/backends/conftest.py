@@ -1,0 +1,77 @@
+"""Shared by the tests of backends: a hand-made graph, a stand-in for onnxruntime, and modules of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kiln.backends.base import GraphSource
+
+MODULES = ("text_encoder", "unet", "kl decoder", "kl encoder", "tiny decoder", "tiny encoder")
+
+
+@pytest.fixture(scope="session")
+def toy(helper: Callable[[str], Any]) -> Any:
+    """The hand-made graph of the contract: how it is written, its inputs, and what it computes."""
+    return helper("contract/toy_unet")
+
+
+@pytest.fixture
+def source(toy: Any, tmp_path: Path) -> GraphSource:
+    """The hand-made graph, written."""
+    return toy.write_graph(tmp_path / "graph", toy.make_weights(), digest="tiny")
+
+
+@pytest.fixture
+def other(toy: Any, tmp_path: Path) -> GraphSource:
+    """The same graph bytes, file names and sizes; one weight differs."""
+    weights = toy.make_weights()
+    weights["conv.bias"][0] += 1
+    return toy.write_graph(tmp_path / "other", weights, digest="other")
+
+
+@pytest.fixture
+def fake(helper: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in for builds with GPU providers, in place of onnxruntime."""
+    for name in ("ORT_MIGRAPHX_FP16_ENABLE", "ORT_MIGRAPHX_MODEL_CACHE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return helper("backends/fakes_onnxruntime").install(monkeypatch)
+
+
+@pytest.fixture
+def raw(fake: Any) -> Callable[..., Any]:
+    """``raw(source, provider, options)``: a session as a caller without Kiln would make it."""
+
+    def make(source: GraphSource, provider: str, options: dict[str, str] | None = None) -> Any:
+        settings = fake.SessionOptions()
+        sizes = {"batch_size": 2, "latent_height": 8, "latent_width": 12, "sequence_length": 7}
+        for axis, size in sizes.items():
+            settings.add_free_dimension_override_by_name(axis, size)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            given = [(provider, options or {})]
+            return fake.InferenceSession(str(source.graph_path), settings, providers=given)
+
+    return make
+
+
+@pytest.fixture
+def make_case(helper: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``make_case(kind)``: a component as a module of torch, with random weights, inputs and a check."""
+    for package in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(package)
+    cases = helper("backends/torch_cases")
+    assert set(cases.MAKERS) == set(MODULES)
+    return cases.make_case
+
+
+@pytest.fixture(params=MODULES)
+def case(request: pytest.FixtureRequest, make_case: Callable[[str], Any]) -> Any:
+    """Each component as a module of torch."""
+    return make_case(request.param)
