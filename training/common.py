@@ -1,10 +1,13 @@
-"""Paths, captions and the noise schedule that the training scripts share."""
+"""What the training scripts share: captions, the noise schedule, and one step of the optimizer."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,3 +80,29 @@ def alphas_cumprod() -> torch.Tensor:
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(num_train_timesteps=1000, **BETAS).alphas_cumprod
+
+
+def learning_rate(peak: float, warm_up: int, step: int, progress: float) -> float:
+    """Linear warm-up over ``warm_up`` steps, then a cosine over the budget of time to 0.01 of ``peak``."""
+    return peak * min(1, (step + 1) / warm_up) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, loss: torch.Tensor, parameters: Iterable[torch.Tensor], rate: float
+) -> None:
+    """One optimizer step at the learning rate ``rate``, with gradients clipped to a norm of 1."""
+    import torch
+
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def report_progress(losses: list[float], start: float) -> None:
+    """Print the mean of the last 50 losses after each 50 steps; ``start`` is as ``time.time`` gave it."""
+    step = len(losses)
+    if step % 50 == 0:
+        print(f"{step} {time.time() - start:.0f} s loss {sum(losses[-50:]) / 50:.4f}", flush=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .common import alphas_cumprod, argument_parser, load_emojis, tokenize
+from .common import (
+    alphas_cumprod,
+    argument_parser,
+    descend,
+    learning_rate,
+    load_emojis,
+    report_progress,
+    tokenize,
+)
 from .dataset import IMAGE_SIZE, encode
 from .unet import min_snr_weight, plain_attention
 
@@ -166,10 +173,9 @@ def train(
         empty = encoder(tokenize(tokenizer, [""])).last_hidden_state[0]
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    alphas, start, step, losses = alphas_cumprod(), time.time(), 0, []
+    losses: list[float] = []
+    alphas, start = alphas_cumprod(), time.time()
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
         which = torch.tensor([rng.randrange(len(latents)) for _ in range(BATCH)])
         told = states[which].clone()
         told[torch.rand(BATCH) < dropout] = empty
@@ -179,14 +185,9 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, told, return_dict=False)[0]
         loss = (min_snr_weight(a) * (predicted.float() - noise).square().mean((1, 2, 3), keepdim=True)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
+        descend(optimizer, loss, parameters, learning_rate(rate, 50, len(losses), progress))
         losses.append(loss.item())
-        if step % 50 == 0:
-            print(f"{step} {time.time() - start:.0f} s loss {np.mean(losses[-50:]):.4f}", flush=True)
+        report_progress(losses, start)
     return unet
 
 

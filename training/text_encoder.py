@@ -10,7 +10,6 @@ Run: python -m training.text_encoder WORK --model DIFFUSERS_FOLDER --minutes 10
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from pathlib import Path
@@ -18,7 +17,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .common import CONTEXT_LENGTH, FIRST_PATCH, GRID, argument_parser, caption, load_emojis, tokenize
+from .common import (
+    CONTEXT_LENGTH,
+    FIRST_PATCH,
+    GRID,
+    argument_parser,
+    caption,
+    descend,
+    learning_rate,
+    load_emojis,
+    report_progress,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +82,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    start, step, losses = time.time(), 0, []
+    losses: list[float] = []
+    start = time.time()
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
-        rate = LEARNING_RATE * min(1, (step + 1) / 200) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         chosen = [rng.randrange(len(emojis)) for _ in range(BATCH)]
         # Some captions are empty: guidance needs a state that means "anything", the mean picture.
         empty = [rng.random() < 0.05 for _ in chosen]
@@ -85,14 +93,9 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             states = encoder(tokenize(tokenizer, captions)).last_hidden_state
         loss = torch.nn.functional.mse_loss(head(states[:, FIRST_PATCH:].float()), wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
+        descend(optimizer, loss, parameters, learning_rate(LEARNING_RATE, 200, len(losses), progress))
         losses.append(loss.item())
-        if step % 50 == 0:
-            print(f"{step} {time.time() - start:.0f} s loss {np.mean(losses[-50:]):.4f}", flush=True)
+        report_progress(losses, start)
     encoder.save_pretrained(args.work / "model/text_encoder")
     tokenizer.save_pretrained(args.work / "model/tokenizer")
     torch.save(head.state_dict(), args.work / "draft_head.pt")

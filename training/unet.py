@@ -10,7 +10,6 @@ Run: python -m training.unet WORK --model DIFFUSERS_FOLDER --minutes 90
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .common import alphas_cumprod, argument_parser, caption, load_emojis, tokenize
+from .common import alphas_cumprod, argument_parser, caption, descend, learning_rate, load_emojis, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +63,6 @@ def min_snr_weight(alpha: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
     return snr.clamp(max=gamma) / snr
 
 
-def learning_rate(step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine over the budget of time."""
-    return LEARNING_RATE * min(1, (step + 1) / 300) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-
-
 class Trainer:
     """The loop's state: weights, their moving average, optimizer, how much of the budget is used."""
 
@@ -95,12 +89,7 @@ class Trainer:
         """One optimizer step and one step of the moving average."""
         import torch
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        descend(self.optimizer, loss, self.parameters, rate)
         self.step += 1
         decay = min(0.998, (self.step + 1) / (self.step + 20))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
@@ -140,11 +129,6 @@ def main() -> None:
     trainer = Trainer(args.work, args.model)
     budget, last, saved, losses = 60 * args.minutes, time.time(), time.time(), []
     while (progress := trainer.used_s / budget) < 1:
-        rate = (
-            LEARNING_RATE
-            * min(1, (trainer.step + 1) / 300)
-            * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        )
         which = torch.randint(0, len(latents), (BATCH,))
         # Half of the time the plain name, which is what people type.
         variant = torch.randint(0, CAPTIONS_PER_EMOJI, (BATCH,)) * (torch.rand(BATCH) < 0.5)
@@ -157,7 +141,7 @@ def main() -> None:
             predicted = trainer.unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, states, return_dict=False)[0]
         error = (predicted.float() - noise).square().mean((1, 2, 3), keepdim=True)
         loss = (min_snr_weight(a) * error).mean()
-        trainer.update(loss, rate)
+        trainer.update(loss, learning_rate(LEARNING_RATE, 300, trainer.step, progress))
         losses.append(loss.item())
         now = time.time()
         trainer.used_s, last = trainer.used_s + now - last, now
