@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 @click.option(
     "--embedding-dir",
     type=click.Path(path_type=Path),
-    help="Textual inversion embeddings: those whose file name, or <token>, stands in the prompt or in the "
-    "negative prompt are used.",
+    help="Textual inversion embeddings (.safetensors, .pt, .bin, .png): those whose file name, <token> or "
+    "name in a picture stands in the prompt or in the negative prompt are used. Pictures without an "
+    "embedding are passed over.",
 )
 @click.option(
     "--backend",

@@ -18,8 +18,9 @@ LORA_HELP = (
     "first ranks of a DyLoRA) and :lbw=INS or :lbw=1,0,... (block strengths). Repeat for more."
 )
 EMBEDDING_HELP = (
-    "A textual inversion embedding: FILE or FILE:TOKEN. Prompts call it TOKEN, else what the file says "
-    "(<token>), else the file's name. Repeat for more."
+    "A textual inversion embedding: FILE or FILE:TOKEN; .safetensors, .pt, .bin, or a .png of "
+    "stable-diffusion-webui. Prompts call it TOKEN, else what the file says (<token>, or the name in a "
+    "picture), else the file's name. Repeat for more."
 )
 PRESETS_HELP = "More names for lbw=: a file with lines NAME:1,0,0,... of 12, 17, 20 or 26 numbers."
 

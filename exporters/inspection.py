@@ -15,6 +15,7 @@ from ..errors import AdapterError, CheckpointError, UsageError
 from .adapters.inspection import AdapterInspection, inspect_adapter
 from .checkpoints import Checkpoint, open_checkpoint
 from .embeddings.base import EmbeddingRef
+from .embeddings.pictures import is_picture
 from .embeddings.reading import read_embeddings
 from .families import foreign_family
 from .folders import class_of
@@ -177,6 +178,8 @@ def _embeddings(path: Path) -> dict[str, Any] | None:
     try:
         found = read_embeddings(EmbeddingRef(path))
     except AdapterError:
+        if is_picture(path):  # and so nothing else
+            raise
         return None
     rows = [
         {

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,12 +14,11 @@ from ..pickles import load_object
 from ..tensors import TensorFile
 from .base import TEXT, TEXT_2, Embedding, EmbeddingRef
 from .forms import Entry, Leaf, bundled_entry, bundled_keys, entries_of
+from .pictures import SIGNATURE, TEXT_KEY, name_in, stored_in
 
 MAX_BYTES = 64 << 20  # 16 vectors of SDXL have 0.1 MB
 MAX_VECTORS = 1024
 MAX_TOKEN = 100  # characters
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXT = "sd-ti-embedding"
 _SECOND_WIDTH = 1280  # of OpenCLIP's bigG, the second text encoder of SDXL; no first one has it
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
@@ -32,8 +26,8 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 def read_embeddings(ref: EmbeddingRef) -> tuple[Embedding, ...]:
     """Every embedding of a file, its vectors in float32.
 
-    The token is that of the request, else the one that the file stores (diffusers, cloneofsimo), else the
-    file's stem, as in stable-diffusion-webui.
+    The token is that of the request, else the one that the file stores (diffusers, cloneofsimo, pictures),
+    else the file's stem, as in stable-diffusion-webui.
 
     Raises:
         AdapterError: the file is missing, damaged, no embedding, or holds NaN or what cannot be vectors.
@@ -47,7 +41,7 @@ def read_embeddings(ref: EmbeddingRef) -> tuple[Embedding, ...]:
         raise AdapterError(
             f"{path}: has {size / 1e6:.0f} MB; an embedding has less than 1, is it a checkpoint?"
         )
-    entries = _png(path) if head.startswith(_PNG) else _file(path, head)
+    entries = _png(path) if head.startswith(SIGNATURE) else _file(path, head)
     if ref.token is not None and len(entries) > 1:
         tokens = ", ".join(str(entry.token) for entry in entries[:5])
         raise UsageError(
@@ -97,32 +91,15 @@ def _file(path: Path, head: bytes) -> list[Entry]:
 
 
 def _png(path: Path) -> list[Entry]:
-    """The embedding in the text of a picture; its ``name`` is the token there, not the file's."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(_PNG_TEXT)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:
-        raise AdapterError(f"{path}: cannot be read as a picture: {cause}") from cause
-    if text is None:
+    """The embedding of a picture; its ``name`` is the token there, not the file's."""
+    stored = stored_in(path)
+    if stored is None:
         raise AdapterError(
-            f"{path}: is a picture without the text {_PNG_TEXT!r}; vectors hidden in its pixels are not "
-            "read: save the embedding as .pt or .safetensors"
+            f"{path}: is a picture without an embedding, in its text {TEXT_KEY!r} or in its pixels; expected "
+            "the file as it was saved, not resized and not a JPEG"
         )
-    try:
-        loaded = json.loads(base64.b64decode(text, validate=True), object_hook=_tensor)
-    except (binascii.Error, ValueError, RecursionError, TypeError) as cause:
-        raise AdapterError(f"{path}: its text {_PNG_TEXT!r} cannot be read: {str(cause)[:100]}") from cause
-    entries = entries_of(loaded, str(path), lambda value: isinstance(value, np.ndarray))
-    name = loaded.get("name") if isinstance(loaded, Mapping) else None
-    return [Entry(e.token or (name if isinstance(name, str) else None), e.tensors) for e in entries]
-
-
-def _tensor(value: dict[str, Any]) -> object:
-    """stable-diffusion-webui writes a tensor as lists of numbers under this name."""
-    return np.asarray(value["TORCHTENSOR"], np.float32) if value.keys() == {"TORCHTENSOR"} else value
+    entries = entries_of(stored, str(path), lambda value: isinstance(value, np.ndarray))
+    return [Entry(entry.token or name_in(stored), entry.tensors) for entry in entries]
 
 
 def _embedding(entry: Entry, token: str, path: str, sha256: str) -> Embedding:
@@ -161,7 +138,8 @@ def _vectors(tensor: Leaf, token: str, path: str) -> np.ndarray:
         raise AdapterError(f"{where} has the shape {list(shape)}; expected [width] or [vectors, width]{also}")
     if isinstance(tensor, np.ndarray):
         floats = tensor.dtype.kind == "f" or tensor.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-        array = tensor.astype(np.float32) if floats else None
+        with np.errstate(over="ignore"):  # checked by value
+            array = tensor.astype(np.float32) if floats else None
     else:
         floats = tensor.is_floating_point() and not tensor.is_sparse
         array = tensor.detach().float().cpu().numpy() if floats else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,43 @@ def test_a_folder_that_is_not_there_or_ambiguous(folder: Path) -> None:
         named(folder, "EasyToy")
 
 
+def picture(path: Path, name: str | None) -> Path:
+    """A PNG file with an embedding of that name in its text; a plain one for None."""
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    if name is not None:
+        stored = {"string_to_param": {"*": {"TORCHTENSOR": vectors().astype(float).tolist()}}, "name": name}
+        info.add_text("sd-ti-embedding", base64.b64encode(json.dumps(stored).encode()).decode())
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(path, pnginfo=info)
+    return path
+
+
+def test_a_picture_with_an_embedding_is_called_by_its_name(folder: Path) -> None:
+    picture(folder / "cat.png", "rick")
+    picture(folder / "sub/cat.preview.png", "rick")
+    assert named(folder, "a rick in a hat") == [("cat.png", "rick")]
+    assert named(folder, "a Rick, and his cat") == [("cat.png", "rick")]
+    assert named(folder, "a cat") == [("cat.png", "cat")]
+    assert named(folder, "a dog, cat.preview") == [("cat.png", "cat")]
+    picture(folder / "sub/other.png", "rick")
+    with pytest.raises(UsageError, match=r"'rick' could be .*cat\.png or .*other\.png; say which"):
+        named(folder, "rick")
+
+
+def test_a_plain_picture_is_the_preview_of_another_file(folder: Path) -> None:
+    picture(folder / "EasyToy.png", None)
+    picture(folder / "apple.png", None)
+    (folder / "badhand.png").write_bytes(picture(folder / "x.png", None).read_bytes()[:60])
+    assert named(folder, "an easytoy") == [("EasyToy.safetensors", "EasyToy")]
+    assert named(folder, "badhand, apple") == [("badhand.safetensors", "badhand")]
+    (folder / "lonely.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    assert named(folder, "lonely") == [("lonely.png", "lonely")]  # it is opened, and refused
+    picture(folder / "EasyToy.png", "EasyToy")
+    with pytest.raises(UsageError, match=r"'EasyToy' could be .*EasyToy\.safetensors or .*EasyToy\.png"):
+        named(folder, "an easytoy")
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command in an empty folder, with a cache outside it."""
@@ -109,6 +148,16 @@ def test_what_does_not_fit_is_refused_where_it_is_asked_for(run: Run, folder: Pa
     assert (refused.exit_code, "broken.pt" in refused.stderr) == (1, True)
     refused = run("generate", "an apple", "--embedding", "none.pt")
     assert (refused.exit_code, "no embedding file 'none.pt'" in refused.stderr) == (2, True)
+
+
+def test_a_picture_is_baked_without_torch(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = run("bake", "emoji", "-o", "with", "--embedding", picture(folder / "x.png", "rick"))
+    assert result.exit_code == 0, result.output
+    assert "token rick: 2 vectors\n" in result.stderr
+    refused = run("bake", "emoji", "-o", "without", "--embedding", picture(folder / "y.png", None))
+    assert (refused.exit_code, "is a picture without an embedding" in refused.stderr) == (1, True)
+    assert "Traceback" not in refused.output
 
 
 def test_bake_and_inspect(run: Run, folder: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 from kiln.errors import AdapterError, UsageError
@@ -129,26 +126,6 @@ def test_a_name_given_goes_first(tmp_path: Path) -> None:
         EmbeddingRef.parse(f"{tmp_path / 'x.pt'}: ")
     with pytest.raises(UsageError, match="no embedding file"):
         EmbeddingRef.parse(f"{tmp_path / 'y.pt'}:toy")
-
-
-def picture(path: Path, text: dict[str, str]) -> Path:
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value)
-    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
-    return path
-
-
-def test_a_picture(tmp_path: Path) -> None:
-    stored = webui({"*": {"TORCHTENSOR": FIVE.astype(float).tolist()}}) | {"name": "rick"}
-    text = base64.b64encode(json.dumps(stored).encode()).decode()
-    (found,) = read_embeddings(EmbeddingRef(picture(tmp_path / "x.png", {"sd-ti-embedding": text})))
-    assert same((found,), [("rick", {"text_encoder": FIVE})])
-    with pytest.raises(AdapterError, match="hidden in its pixels are not read"):
-        read_embeddings(EmbeddingRef(picture(tmp_path / "y.png", {"parameters": "a"})))
-    for wrong in ("!", base64.b64encode(b"[" * 100_000).decode(), base64.b64encode(b"{}").decode()):
-        with pytest.raises(AdapterError, match=r"x\.png"):
-            read_embeddings(EmbeddingRef(picture(tmp_path / "x.png", {"sd-ti-embedding": wrong})))
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
