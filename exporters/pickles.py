@@ -6,6 +6,7 @@ known holes in it, or not at all: nothing here or elsewhere in Kiln unpickles fr
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from ..errors import CheckpointError, KilnError
 from .buffers import Buffers
 from .file_kinds import foreign_format, is_pickle, open_regular
+from .pickled_containers import without_sources
 from .tensors import DTYPES, TensorInfo
 
 # CVE-2026-24747 (memory corruption in the weights_only reader) was fixed in 2.10, CVE-2025-32434 in 2.6.
@@ -93,7 +95,7 @@ def load_object(path: Path, error: type[KilnError], *, modules: bool = False) ->
         path: the file.
         error: the class to raise.
         modules: let ``ParameterDict`` through, in which old embeddings lie; it is given back as it was
-            stored, and nothing of it runs.
+            stored, and nothing of it runs. The old form of a file is then read whole.
 
     Raises:
         KilnError: of class ``error``: torch is missing or too old, the file is damaged, or holds objects
@@ -106,12 +108,12 @@ def load_object(path: Path, error: type[KilnError], *, modules: bool = False) ->
         raise error(f"{path}: is {foreign_format(head) or 'not a torch file'}; expected a .ckpt of torch")
     torch = _import_torch(path, error)
     allowed = [torch.nn.ParameterDict] if modules else []
+    zipped = head.startswith(b"PK")
     try:
+        source = io.BytesIO(without_sources(path.read_bytes())) if modules and not zipped else path
         # Only the zip form can be mapped; the old form is read whole.
         with torch.serialization.safe_globals(allowed):
-            loaded: object = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK")
-            )
+            loaded: object = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
     except MemoryError:
         raise
     except Exception as cause:  # torch raises whatever its readers meet in a damaged file

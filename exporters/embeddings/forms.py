@@ -34,6 +34,7 @@ _BUNDLED = re.compile(
     r"bundle_emb\.(?P<token>.+)\.(?P<parameter>string_to_param\.\*|em[bp]_params|clip_[lg]|em[bp]_params_out|clip_[lg]_out)"
 )
 _TOKEN = re.compile(r"<[^<>]+>")
+_PLACEHOLDER = "*"  # how trainers call a token that is named by its file
 MOST_ENTRIES = 1000
 
 
@@ -63,9 +64,10 @@ def entries_of(loaded: object, path: str, is_tensor: Callable[[object], bool]) -
         if len(found) > MOST_ENTRIES:
             raise AdapterError(f"{path}: holds {len(found)} embeddings; expected at most {MOST_ENTRIES}")
         return found
+    loaded = _table(loaded)
     if not isinstance(loaded, Mapping):
         raise AdapterError(f"{path}: holds a {type(loaded).__name__}; expected the vectors of a token")
-    inner = loaded.get("state_dict")
+    inner = _table(loaded.get("state_dict"))
     if isinstance(inner, Mapping):
         loaded = inner
     if "string_to_param" in loaded:
@@ -75,7 +77,10 @@ def entries_of(loaded: object, path: str, is_tensor: Callable[[object], bool]) -
     known = {key: value for key, value in tensors.items() if key in _PARAMETERS}
     if known:
         return [_known(known, loaded, path)]
-    tokens = [Entry(key, {None: value}) for key, value in tensors.items()]
+    alone = len(tensors) == 1
+    tokens = [
+        Entry(None if alone and key == _PLACEHOLDER else key, {None: value}) for key, value in tensors.items()
+    ]
     if (
         not tokens
         or len(tokens) > MOST_ENTRIES
@@ -104,9 +109,14 @@ def _of_list(item: object, path: str, is_tensor: Callable[[object], bool]) -> It
         yield Entry(token, entry.tensors)
 
 
+def _table(value: object) -> object:
+    """A ``ParameterDict`` as the dict of its parameters, whichever torch wrote it; others as they are."""
+    return value if isinstance(value, Mapping) else getattr(value, "__dict__", {}).get("_parameters", value)
+
+
 def _only_parameter(value: object, path: str, is_tensor: Callable[[object], bool]) -> Leaf:
     """The one tensor of ``string_to_param``: a dict, or the ParameterDict of files from before 2022-10."""
-    table = value if isinstance(value, Mapping) else getattr(value, "__dict__", {}).get("_parameters")
+    table = _table(value)
     if not isinstance(table, Mapping) or len(table) != 1 or not is_tensor(next(iter(table.values()))):
         count = len(table) if isinstance(table, Mapping) else "no"
         raise AdapterError(

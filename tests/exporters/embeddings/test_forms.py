@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,27 @@ def webui(params: Any) -> dict[str, Any]:
     }
 
 
+def of_torch_1_11(array: np.ndarray) -> Any:
+    """A ParameterDict with the attributes that torch 1.11 gave it, which later ones do not iterate over."""
+    made = torch.nn.ParameterDict()
+    made.__dict__.clear()
+    made.__dict__.update(
+        training=True,
+        _parameters=OrderedDict({"*": torch.nn.Parameter(tensor(array))}),
+        _buffers=OrderedDict(),
+        _non_persistent_buffers_set=set(),
+        _backward_hooks=OrderedDict(),
+        _is_full_backward_hook=None,
+        _forward_hooks=OrderedDict(),
+        _forward_pre_hooks=OrderedDict(),
+        _state_dict_hooks=OrderedDict(),
+        _load_state_dict_pre_hooks=OrderedDict(),
+        _modules=OrderedDict(),
+        _initialized=True,
+    )
+    return made
+
+
 FORMS: dict[str, tuple[Callable[[], Any], list[tuple[str, dict[str, np.ndarray]]]]] = {
     "string_to_param": (
         lambda: webui({"*": torch.nn.Parameter(tensor(FIVE))}),
@@ -44,6 +66,21 @@ FORMS: dict[str, tuple[Callable[[], Any], list[tuple[str, dict[str, np.ndarray]]
         lambda: webui(torch.nn.ParameterDict({"*": torch.nn.Parameter(tensor(FIVE))})),
         [("my-toy", {"text_encoder": FIVE})],
     ),
+    "a bare ParameterDict": (
+        lambda: torch.nn.ParameterDict({"*": torch.nn.Parameter(tensor(FIVE))}),
+        [("my-toy", {"text_encoder": FIVE})],
+    ),
+    "a ParameterDict of torch 1.11": (
+        lambda: webui(of_torch_1_11(FIVE)),
+        [("my-toy", {"text_encoder": FIVE})],
+    ),
+    "a bare ParameterDict of tokens": (
+        lambda: torch.nn.ParameterDict(
+            {"toy": torch.nn.Parameter(tensor(FIVE)), "dog": torch.nn.Parameter(tensor(ONE))}
+        ),
+        [("dog", {"text_encoder": ONE[None]}), ("toy", {"text_encoder": FIVE})],  # as torch sorts them
+    ),
+    "a star": (lambda: {"*": tensor(FIVE)}, [("my-toy", {"text_encoder": FIVE})]),
     "emb_params": (lambda: {"emb_params": tensor(FIVE)}, [("my-toy", {"text_encoder": FIVE})]),
     "emp_params": (lambda: {"emp_params": tensor(FIVE)}, [("my-toy", {"text_encoder": FIVE})]),
     "SDXL": (
@@ -91,12 +128,6 @@ def same(found: tuple[Embedding, ...], expected: list[tuple[str, dict[str, np.nd
 def test_a_torch_file(tmp_path: Path, form: str, legacy: bool) -> None:
     make, expected = FORMS[form]
     torch.save(make(), tmp_path / "my-toy.pt", _use_new_zipfile_serialization=not legacy)
-    if (
-        legacy and form == "ParameterDict"
-    ):  # holds the source code of the class, which torch does not let through
-        with pytest.raises(AdapterError, match="refuses to read it safely"):
-            read_embeddings(EmbeddingRef(tmp_path / "my-toy.pt"))
-        return
     found = read_embeddings(EmbeddingRef(tmp_path / "my-toy.pt"))
     assert same(found, expected)
     planted = [
@@ -152,6 +183,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "uneven": (lambda: {"clip_l": tensor(FIVE), "clip_g": tensor(WIDE[:2])}, "5 for the .* and 2 for"),
     "two kinds": (lambda: {"emb_params": tensor(FIVE), "clip_l": tensor(FIVE)}, "vectors of one token"),
     "a LoRA": (lambda: {"lora_unet_x.lora_up.weight": torch.zeros(4, 4)}, "no textual inversion embedding"),
+    "a ParameterDict without parameters": (torch.nn.ParameterDict, "holds nothing"),
+    "two in a ParameterDict": (
+        lambda: webui(torch.nn.ParameterDict({t: torch.nn.Parameter(tensor(ONE)) for t in "ab"})),
+        "holds 2 entries",
+    ),
+    "a ParameterDict of NaN": (
+        lambda: torch.nn.ParameterDict({"*": torch.nn.Parameter(tensor(ONE) * float("nan"))}),
+        "holds NaN or infinity",
+    ),
+    "a layer": (lambda: webui(torch.nn.Linear(2, 2)), "refuses to read it safely"),
     "a number beside": (lambda: {"<toy>": tensor(ONE), "step": 3}, "no textual inversion embedding"),
     "a list of tensors": (lambda: [tensor(ONE)], "list of Tensor"),
     "a pack without names": (lambda: [{"emb_params": tensor(ONE)}], "no name"),
@@ -163,10 +204,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "bare pickle"])
 @pytest.mark.parametrize("form", REFUSED)
-def test_what_is_refused(tmp_path: Path, form: str) -> None:
+def test_what_is_refused(tmp_path: Path, form: str, legacy: bool) -> None:
     make, says = REFUSED[form]
-    torch.save(make(), tmp_path / "x.pt")
+    torch.save(make(), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(AdapterError, match=says) as caught:
         read_embeddings(EmbeddingRef(tmp_path / "x.pt"))
     assert "x.pt" in str(caught.value)
@@ -182,13 +224,15 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
-    torch.save({"emb_params": Evil(tmp_path / "evil")}, tmp_path / "x.pt")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "bare pickle"])
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path, legacy: bool) -> None:
+    how = {"_use_new_zipfile_serialization": not legacy}
+    torch.save({"emb_params": Evil(tmp_path / "evil")}, tmp_path / "x.pt", **how)
     with pytest.raises(AdapterError, match="refuses to read it safely"):
         read_embeddings(EmbeddingRef(tmp_path / "x.pt"))
     inside = torch.nn.ParameterDict({"*": torch.nn.Parameter(tensor(ONE))})
     inside._parameters["*"] = Evil(tmp_path / "evil")
-    torch.save(webui(inside), tmp_path / "x.pt")
+    torch.save(webui(inside), tmp_path / "x.pt", **how)
     with pytest.raises(AdapterError, match="refuses to read it safely"):
         read_embeddings(EmbeddingRef(tmp_path / "x.pt"))
     assert not (tmp_path / "evil").exists()
