@@ -2,13 +2,16 @@
 
 LPIPS (Zhang et al. 2018, 1801.03924) is the ``lpips`` package's, over AlexNet; CLIP score (Hessel et al.
 2021, 2104.08718) is ``100 max(cos(image, text), 0)`` of transformers' CLIPModel. Neither network comes with
-Kiln: both are read from a path, or fetched when ``hub`` is written instead of one, and never otherwise.
+Kiln: both are read from a path, or fetched when ``hub`` is written instead of one, and never otherwise. The
+linear layers that LPIPS puts over AlexNet come with the package ``lpips``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,26 @@ class LearnedOptions:
 
     lpips: str | None = None
     clip: str | None = None
+
+
+def check_learned(options: LearnedOptions) -> None:
+    """Refuse what cannot work before anything is measured: a path that leads nowhere, a missing package.
+
+    Raises:
+        UsageError: the text says what to install or where to point.
+    """
+    for asked, check, packages in (
+        (options.lpips, _check_file, ("lpips", "torchvision")),
+        (options.clip, _check_folder, ("transformers", "torch")),
+    ):
+        if asked is None:
+            continue
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            metric = "LPIPS" if check is _check_file else "the CLIP score"
+            raise UsageError(f"{metric} needs the package {' and '.join(missing)}: {_INSTALL}")
+        if asked != HUB:
+            check(Path(asked))
 
 
 def measure_learned(
@@ -112,14 +135,11 @@ def open_lpips(weights: str) -> Any:
         import lpips
     except (ImportError, RuntimeError) as exc:  # a torchvision of another torch raises the latter
         raise UsageError(f"LPIPS needs the packages lpips and torchvision ({exc}): {_INSTALL}") from exc
-    if weights == HUB:
-        from torchvision.models import AlexNet_Weights
-
-        state = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    else:
-        state = _read_state(Path(weights))
-    # The package would fetch the trunk by itself; its own linear layers come with it.
-    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    state = _fetch_state() if weights == HUB else _read_state(Path(weights))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The parameter 'pretrained'|Arguments other than a weight enum")
+        # The package would fetch the trunk by itself; its own linear layers come with it.
+        network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     trunk = {}
     for name in network.net.state_dict():  # slice2.3.weight is torchvision's features.3.weight
         source = "features." + name.partition(".")[2]
@@ -133,21 +153,49 @@ def open_lpips(weights: str) -> Any:
     return network.eval()
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
+def _fetch_state() -> Mapping[str, torch.Tensor]:
+    from torchvision.models import AlexNet_Weights
+
+    try:
+        found: Mapping[str, torch.Tensor] = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(
+            progress=False, check_hash=True
+        )
+    except (OSError, RuntimeError) as exc:
+        raise UsageError(
+            f"AlexNet's weights cannot be fetched ({exc}); get {ALEXNET_FILE} where there is a network and "
+            "give its path instead of hub"
+        ) from exc
+    return found
+
+
+def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     import pickle
 
     import torch
 
+    _check_file(path)
+    try:
+        found: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
+        raise UsageError(f"{path} cannot be read as torch weights: {exc}") from exc
+    if not isinstance(found, Mapping):
+        raise UsageError(
+            f"{path} holds a {type(found).__name__}; expected tensors by name, torchvision's {ALEXNET_FILE}"
+        )
+    return found
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(
             f"LPIPS needs AlexNet's weights, and {path} is no file; get {ALEXNET_FILE} (torchvision's "
             "AlexNet_Weights.IMAGENET1K_V1) and give its path, or write hub to have it fetched"
         )
-    try:
-        found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
-        raise UsageError(f"{path} cannot be read as torch weights: {exc}") from exc
-    return found
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise UsageError(f"the CLIP score needs a folder with a CLIPModel; {path} is none (or write hub)")
 
 
 def lpips_distance(network: Any, made: np.ndarray, wanted: np.ndarray) -> float:
@@ -175,8 +223,8 @@ def open_clip(place: str) -> tuple[Any, Any]:
     except ImportError as exc:
         raise UsageError(f"the CLIP score needs transformers and torch ({exc}): {_INSTALL}") from exc
     name, local = (CLIP_NAME, False) if place == HUB else (place, True)
-    if local and not Path(name).is_dir():
-        raise UsageError(f"the CLIP score needs a folder with a CLIPModel; {name} is none (or write hub)")
+    if local:
+        _check_folder(Path(name))
     try:
         model = CLIPModel.from_pretrained(name, local_files_only=local)
         processor = CLIPProcessor.from_pretrained(name, local_files_only=local, use_fast=False)
@@ -195,9 +243,10 @@ def clip_figures(
         text=[prompt], images=[made, wanted], return_tensors="pt", padding=True, truncation=True
     )
     with torch.inference_mode():
-        text = model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        images = model.get_image_features(pixel_values=inputs["pixel_values"])
-    text, images = (torch.nn.functional.normalize(one, dim=-1) for one in (text, images))
+        found = model(**inputs)  # get_text_features gives another type from transformers 5 on
+    text, images = (
+        torch.nn.functional.normalize(one, dim=-1) for one in (found.text_embeds, found.image_embeds)
+    )
     score, reference = (100 * max(float(one @ text[0]), 0.0) for one in images)
     return {
         "clip_score": score,

@@ -93,7 +93,7 @@ def run(workload: str, **options: Any) -> None:
 
 
 def _plan(name: str, options: dict[str, Any], say: _Progress) -> Any:
-    from ...benchmarks.fidelity.learned import LearnedOptions
+    from ...benchmarks.fidelity.learned import LearnedOptions, check_learned
     from ...benchmarks.harness.axes import Axes, Variant, configurations, lora_variants
     from ...benchmarks.harness.models import find_bundle, parse_adapters
     from ...benchmarks.harness.partial import check_interrupted
@@ -106,6 +106,8 @@ def _plan(name: str, options: dict[str, Any], say: _Progress) -> Any:
     workload = load_workload(name)
     names = ("backends", "precisions", "sizes", "batches", "steps", "loras", "threads", "peers")
     axes = Axes(**{key: options[key] for key in names})
+    learned = LearnedOptions(options["lpips"], options["clip"])
+    check_learned(learned)
     check_interrupted(options["output"], resume=options["resume"], fresh=options["fresh"])
     sweep = lora_variants(axes)
     variants = []
@@ -118,7 +120,6 @@ def _plan(name: str, options: dict[str, Any], say: _Progress) -> Any:
         variants = [Variant(v.bundle, v.name or v.bundle.name) for v in variants]
         variants.append(Variant(against, against.name))
     least = options["min_images"]
-    learned = LearnedOptions(options["lpips"], options["clip"])
     run_options = RunOptions(
         directory=options["output"],
         min_batches={"cpu": least, "gpu": least} if least else workload.min_batches,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kiln.benchmarks.fidelity.child import FidelityError
 from kiln.benchmarks.fidelity.learned import (
+    ALEXNET_FILE,
     LearnedOptions,
+    check_learned,
     learned_rows,
     lpips_distance,
     measure_learned,
@@ -65,39 +70,121 @@ def test_equal_images_lose_nothing(clip: Path) -> None:
     assert row["clip_image"] == pytest.approx(1, abs=1e-5)
 
 
-def test_lpips_is_that_of_torchmetrics(tmp_path: Path) -> None:
-    pytest.importorskip("lpips")
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AlexNet of random weights, in the form of torchvision's file; skips where torchvision does not load."""
     torch = pytest.importorskip("torch")
-    torchvision = pytest.importorskip("torchvision")
-    oracle = pytest.importorskip("torchmetrics.functional.image.lpips")
+    for name in ("torchvision", "lpips"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:  # the latter when it was built for another torch
+            pytest.skip(f"{name} does not load here: {error}")
+    import torchvision
+
     torch.manual_seed(0)
-    alexnet = torchvision.models.alexnet(weights=None)
-    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
-    network = open_lpips(str(tmp_path / "alexnet.pth"))
-    theirs = oracle._LPIPS(pretrained=True, net="alex", pnet_rand=True).eval()
-    theirs.net.load_state_dict(network.net.state_dict())
-    made, wanted = (torch.from_numpy(i[:1] / 127.5 - 1).float().permute(0, 3, 1, 2) for i in (IMAGES, WANTED))
+    path = tmp_path_factory.mktemp("hub") / "checkpoints" / ALEXNET_FILE
+    path.parent.mkdir()
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
+    return path
+
+
+def as_lpips_takes_it(images: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(images / 127.5 - 1).float().permute(0, 3, 1, 2)
+
+
+def test_lpips_is_that_of_the_package_itself(
+    alexnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The oracle is ``lpips.LPIPS`` as its README calls it; it finds the trunk where torchvision keeps it."""
+    import lpips
+    import torch
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(alexnet.parents[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, about how the package asks for the weights
+        direct = lpips.LPIPS(net="alex", verbose=False).eval()
     with torch.inference_mode():
-        expected = float(theirs(made, wanted).item())
-    found = lpips_distance(network, IMAGES[0], WANTED[0])
+        expected = direct(as_lpips_takes_it(IMAGES), as_lpips_takes_it(WANTED)).ravel().tolist()
+    options = LearnedOptions(lpips=str(alexnet))
+    found = [row["lpips"] for row in measure_learned(IMAGES, WANTED, PROMPTS, options)]
     assert found == pytest.approx(expected, rel=1e-5)
-    assert found > 0
-    assert lpips_distance(network, IMAGES[0], IMAGES[0]) == 0
+    assert all(value > 0 for value in found)
+    (equal,) = measure_learned(IMAGES[:1], IMAGES[:1], PROMPTS[:1], options)
+    assert equal["lpips"] == 0
+    # The companion: other weights below the same layers are another distance.
+    state = torch.load(alexnet, weights_only=True)
+    state["features.3.weight"] = state["features.3.weight"] * 1.01
+    torch.save(state, tmp_path / "other.pth")
+    (other,) = measure_learned(
+        IMAGES[:1], WANTED[:1], PROMPTS[:1], LearnedOptions(lpips=str(tmp_path / "other.pth"))
+    )
+    assert other["lpips"] != pytest.approx(expected[0], rel=1e-5)
+
+
+def test_lpips_is_that_of_torchmetrics(alexnet: Path) -> None:
+    import torch
+
+    oracle = pytest.importorskip("torchmetrics.functional.image.lpips")
+    network = open_lpips(str(alexnet))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = oracle._LPIPS(pretrained=True, net="alex", pnet_rand=True).eval()
+    theirs.net.load_state_dict(network.net.state_dict())
+    with torch.inference_mode():
+        expected = float(theirs(as_lpips_takes_it(IMAGES[:1]), as_lpips_takes_it(WANTED[:1])).item())
+    assert lpips_distance(network, IMAGES[0], WANTED[0]) == pytest.approx(expected, rel=1e-5)
     assert lpips_distance(network, IMAGES[1], WANTED[0]) != pytest.approx(expected, rel=1e-5)
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    pytest.importorskip("lpips")
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchvision")
+def test_weights_of_another_network_are_refused(alexnet: Path, tmp_path: Path) -> None:
+    import torch
+
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UsageError, match=r"has no features\.0\.weight"):
+    with pytest.raises(UsageError, match=r"has no features\.0\.weight; expected torchvision's alexnet-owt"):
         open_lpips(str(tmp_path / "other.pth"))
+    torch.save(torch.zeros(1), tmp_path / "tensor.pth")
+    with pytest.raises(UsageError, match="holds a Tensor; expected tensors by name"):
+        open_lpips(str(tmp_path / "tensor.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(UsageError, match="cannot be read as torch weights"):
         open_lpips(str(tmp_path / "text.pth"))
-    with pytest.raises(UsageError, match=r"alexnet-owt-7be5be79\.pth from https://download"):
+    with pytest.raises(UsageError, match=r"is no file; get alexnet-owt-7be5be79\.pth"):
         open_lpips(str(tmp_path / "none.pth"))
+
+
+def test_weights_that_cannot_be_fetched_say_where_they_may_come_from(
+    alexnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):  # an address at which nobody listens
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(UsageError, match=r"cannot be fetched .* get alexnet-owt-7be5be79\.pth where"):
+        open_lpips("hub")
+
+
+def test_what_is_missing_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def installed(*names: str) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in names else None)
+
+    check_learned(LearnedOptions())
+    installed("torch", "transformers", "torchvision")
+    with pytest.raises(UsageError, match=r"LPIPS needs the package lpips: pip install .*\[metrics\]"):
+        check_learned(LearnedOptions(lpips="hub"))
+    installed("lpips", "torchvision")
+    with pytest.raises(UsageError, match="the CLIP score needs the package transformers and torch"):
+        check_learned(LearnedOptions(clip="hub"))
+    installed("lpips", "torchvision", "torch", "transformers")
+    check_learned(LearnedOptions("hub", "hub"))
+    with pytest.raises(UsageError, match=r"needs AlexNet's weights, and .*none\.pth is no file"):
+        check_learned(LearnedOptions(lpips=str(tmp_path / "none.pth")))
+    with pytest.raises(UsageError, match="needs a folder with a CLIPModel"):
+        check_learned(LearnedOptions(clip=str(tmp_path / "none")))
 
 
 def test_a_missing_package_or_network_says_what_to_do(tmp_path: Path) -> None:
