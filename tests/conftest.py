@@ -57,6 +57,28 @@ def kiln_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``KILN_CACHE`` for one test: a folder that is not there yet, without a limit."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("KILN_CACHE", str(folder))
+    monkeypatch.delenv("KILN_CACHE_LIMIT", raising=False)
+    return folder
+
+
+@pytest.fixture
+def run_command(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``run_command("lora", "inspect", path)``: kiln in an empty folder, with a cache outside it."""
+    from click.testing import CliRunner
+
+    from kiln.cli import main
+
+    here = own_cache.parent / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """A background job of a shell ignores Ctrl-C, and so would everything that the tests start."""

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from kiln.backends.registry import names
-from kiln.cli import main
 from kiln.exporters.resolve import bundled_models
 
 Run = Callable[..., Result]
@@ -30,15 +29,6 @@ except SystemExit as stop:
 print()
 print(json.dumps([code, sorted(set(json.loads(sys.argv[1])) & set(sys.modules))]))
 """
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder, with a cache outside it."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path / "here")
-    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
 
 
 @pytest.fixture
@@ -77,8 +67,8 @@ def assert_refused(result: Result, code: int, *says: str) -> None:
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("-") else "",
 )
-def test_a_wrong_request_is_a_usage_error(run: Run, words: list[str], says: list[str]) -> None:
-    assert_refused(run("generate", "red apple", *words), 2, *says)
+def test_a_wrong_request_is_a_usage_error(run_command: Run, words: list[str], says: list[str]) -> None:
+    assert_refused(run_command("generate", "red apple", *words), 2, *says)
 
 
 @pytest.mark.usefixtures("emoji")
@@ -90,38 +80,42 @@ def test_a_wrong_request_is_a_usage_error(run: Run, words: list[str], says: list
         (["--backend", "null", "-W", "8"], ["8x64", "too small", "at least"]),
     ],
 )
-def test_what_only_the_pipeline_knows_is_a_usage_error(run: Run, words: list[str], says: list[str]) -> None:
-    assert_refused(run("generate", "red apple", *words, "-o", "apple.png"), 2, *says)
+def test_what_only_the_pipeline_knows_is_a_usage_error(
+    run_command: Run, words: list[str], says: list[str]
+) -> None:
+    assert_refused(run_command("generate", "red apple", *words, "-o", "apple.png"), 2, *says)
 
 
-def test_a_tag_in_the_prompt_needs_a_folder(run: Run, tmp_path: Path) -> None:
-    assert_refused(run("generate", "red apple <lora:x:1>"), 2, "<lora:x:1>", "--lora-dir FOLDER")
+def test_a_tag_in_the_prompt_needs_a_folder(run_command: Run, tmp_path: Path) -> None:
+    assert_refused(run_command("generate", "red apple <lora:x:1>"), 2, "<lora:x:1>", "--lora-dir FOLDER")
     (tmp_path / "y.safetensors").touch()
-    refused = run("generate", "red apple <lora:x:1>", "--lora-dir", tmp_path)
+    refused = run_command("generate", "red apple <lora:x:1>", "--lora-dir", tmp_path)
     assert_refused(refused, 2, "x.safetensors", "its adapters: y")
     (tmp_path / "x.safetensors").touch()
-    refused = run("generate", "red apple <lora:x:strong>", "--lora-dir", tmp_path)
+    refused = run_command("generate", "red apple <lora:x:strong>", "--lora-dir", tmp_path)
     assert_refused(refused, 2, "no number", "<lora:name:0.8>")
 
 
 @pytest.mark.usefixtures("emoji")
-def test_an_adapter_that_is_not_there_fails(run: Run) -> None:
-    assert_refused(run("generate", "red apple", "--lora", "style.safetensors"), 1, "style.safetensors")
+def test_an_adapter_that_is_not_there_fails(run_command: Run) -> None:
+    assert_refused(
+        run_command("generate", "red apple", "--lora", "style.safetensors"), 1, "style.safetensors"
+    )
 
 
 @pytest.mark.parametrize("command", ["export", "bake"])
-def test_a_missing_model_is_a_usage_error(run: Run, command: str) -> None:
-    assert_refused(run(command, "no-such-model", "-o", "out"), 2, "'no-such-model'")
+def test_a_missing_model_is_a_usage_error(run_command: Run, command: str) -> None:
+    assert_refused(run_command(command, "no-such-model", "-o", "out"), 2, "'no-such-model'")
 
 
-def test_inspecting_what_is_not_there_is_a_usage_error(run: Run) -> None:
-    assert_refused(run("inspect", "no-such-file"), 2, "no-such-file")
+def test_inspecting_what_is_not_there_is_a_usage_error(run_command: Run) -> None:
+    assert_refused(run_command("inspect", "no-such-file"), 2, "no-such-file")
 
 
 @pytest.mark.usefixtures("emoji")
-def test_an_unknown_storage_type_is_a_usage_error(run: Run) -> None:
+def test_an_unknown_storage_type_is_a_usage_error(run_command: Run) -> None:
     assert_refused(
-        run("export", "emoji", "-o", "out", "--precision", "int4"), 2, "'int4'", "fp32, fp16, bf16"
+        run_command("export", "emoji", "-o", "out", "--precision", "int4"), 2, "'int4'", "fp32, fp16, bf16"
     )
 
 
@@ -136,42 +130,42 @@ def test_an_unknown_storage_type_is_a_usage_error(run: Run) -> None:
     ],
 )
 def test_what_is_no_checkpoint_fails(
-    run: Run, tmp_path: Path, command: str, content: bytes, says: str
+    run_command: Run, tmp_path: Path, command: str, content: bytes, says: str
 ) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     words = ["-o", "out"] if command == "export" else []
-    assert_refused(run(command, path, *words), 1, "model.safetensors", says)
+    assert_refused(run_command(command, path, *words), 1, "model.safetensors", says)
 
 
 @pytest.mark.usefixtures("emoji")
-def test_an_adapter_of_another_model_fails(run: Run, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_fails(run_command: Run, tmp_path: Path) -> None:
     stem = "transformer.single_transformer_blocks.0.attn.to_q"
     tensors = {f"{stem}.lora_{name}.weight": np.zeros((4, 4), np.float32) for name in "AB"}
     safetensors.numpy.save_file(tensors, tmp_path / "flux.safetensors")
-    refused = run("bake", "emoji", "-o", "out", "--lora", tmp_path / "flux.safetensors")
+    refused = run_command("bake", "emoji", "-o", "out", "--lora", tmp_path / "flux.safetensors")
     assert_refused(refused, 1, "flux.safetensors", "FLUX")
 
 
 @pytest.mark.parametrize("words", [["generate"], ["draw"], ["generate", "x", "--fast"], ["export", "emoji"]])
-def test_what_click_refuses_is_a_usage_error(run: Run, words: list[str]) -> None:
-    result = run(*words)
+def test_what_click_refuses_is_a_usage_error(run_command: Run, words: list[str]) -> None:
+    result = run_command(*words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1].startswith("Error: ")
 
 
-def test_debug_shows_where_an_error_was_raised(run: Run) -> None:
-    result = run("--debug", "generate", "red apple", "-W", "65")
+def test_debug_shows_where_an_error_was_raised(run_command: Run) -> None:
+    result = run_command("--debug", "generate", "red apple", "-W", "65")
     assert type(result.exception).__name__ == "UsageError"
 
 
 @pytest.mark.usefixtures("emoji")
-def test_images_are_named_and_reported(run: Run) -> None:
+def test_images_are_named_and_reported(run_command: Run) -> None:
     common = ["generate", "Red, apple!", "--backend", "null", "--steps", "1", "-s", "7"]
-    assert run(*common).stdout == "red-apple-7.png\n"
-    assert run(*common, "-o", "a.png").stdout == "a.png\n"
-    assert run(*common, "-o", "a.png", "-b", "2").stdout == "a-7.png\na-8.png\n"
-    (row,) = map(json.loads, run(*common, "-o", "new/folder", "--json").stdout.splitlines())
+    assert run_command(*common).stdout == "red-apple-7.png\n"
+    assert run_command(*common, "-o", "a.png").stdout == "a.png\n"
+    assert run_command(*common, "-o", "a.png", "-b", "2").stdout == "a-7.png\na-8.png\n"
+    (row,) = map(json.loads, run_command(*common, "-o", "new/folder", "--json").stdout.splitlines())
     assert (row["path"], row["seed"]) == ("new/folder/red-apple-7.png", 7)
     assert row["in_force"]["unet"]["backend"] == "null"
     assert "Seed: 7" in row["parameters"]
@@ -179,15 +173,18 @@ def test_images_are_named_and_reported(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("emoji")
-def test_inspect_prints_text_and_json(run: Run) -> None:
-    text, report = run("inspect", "emoji").stdout, json.loads(run("inspect", "emoji", "--json").stdout)
+def test_inspect_prints_text_and_json(run_command: Run) -> None:
+    text, report = (
+        run_command("inspect", "emoji").stdout,
+        json.loads(run_command("inspect", "emoji", "--json").stdout),
+    )
     assert report["kind"] == "bundle"
     for fact in (report["name"], report["components"]["unet"]["class"], "MB"):
         assert fact in text
 
 
-def test_devices_lists_every_backend(run: Run) -> None:
-    rows = json.loads(run("devices", "--json").stdout)
+def test_devices_lists_every_backend(run_command: Run) -> None:
+    rows = json.loads(run_command("devices", "--json").stdout)
     assert {row["backend"] for row in rows} == set(names())
     assert {"null", "onnxruntime", "openvino", "torch"} <= {
         row["backend"] for row in rows if row["available"]

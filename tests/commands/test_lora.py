@@ -22,14 +22,11 @@ NAMES = ("emoji-kiln", "emoji-flat")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder, with a cache outside it."""
+def run(run_command: Run) -> Run:
+    """Runs ``kiln lora`` on the bundled model and its adapters."""
     if "emoji" not in bundled_models() or any(name not in bundled_adapters() for name in NAMES):
         pytest.skip("the bundled model and its adapters are not in this checkout")
-    (tmp_path / "here").mkdir()
-    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path / "here")
-    return lambda *words: CliRunner().invoke(main, ["lora", *(str(word) for word in words)])
+    return lambda *words: run_command("lora", *words)
 
 
 def done(result: Result) -> Result:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from kiln.cli import main
 from kiln.exporters.checkpoints import open_checkpoint
 from kiln.exporters.resolve import bundled_models
 
@@ -18,14 +17,11 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder, with a cache outside it."""
+def run(run_command: Run) -> Run:
+    """Runs a command on the bundled model."""
     if "emoji" not in bundled_models():
         pytest.skip("the bundled model is not in this checkout")
-    (tmp_path / "here").mkdir()
-    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path / "here")
-    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+    return run_command
 
 
 def done(result: Result) -> Result:
