@@ -1,17 +1,18 @@
-"""Shared by the tests of backends: a hand-made graph, a stand-in for onnxruntime, and modules of torch."""
+"""Shared by the tests of backends: a graph, modules of torch, and stand-ins that behave badly."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kiln.backends.base import GraphSource
+from kiln.backends.isolation.backend import IsolatedBackend
 
 MODULES = ("text_encoder", "unet", "kl decoder", "kl encoder", "tiny decoder", "tiny encoder")
 
@@ -59,6 +60,20 @@ def raw(fake: Any) -> Callable[..., Any]:
             return fake.InferenceSession(str(source.graph_path), settings, providers=given)
 
     return make
+
+
+@pytest.fixture
+def crashing(helper: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend that goes wrong as it is told; child processes find it too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return helper("backends/crashing_backend")
+
+
+@pytest.fixture
+def backend(crashing: Any) -> Iterator[IsolatedBackend]:
+    """``crashing`` in a child process; held, so that the tests of what goes wrong start one child each."""
+    with IsolatedBackend("crashing", target=crashing.TARGET) as isolated:
+        yield isolated
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""A backend that does what engines do at their worst; ``options.extra`` says what and when."""
+"""A backend that does what engines do at their worst, and what the tests ask of it.
+
+``options.extra`` says what goes wrong, and when.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kiln.backends.base import Availability, Device, GraphSource, PrepareOptions
+from kiln.backends.base import Availability, Backend, Device, GraphSource, PrepareOptions
 from kiln.backends.null import NullBackend, NullSession
 from kiln.errors import BackendUnavailable, SessionError
 
@@ -89,3 +93,33 @@ class CrashingSession:
 
     def close(self) -> None:
         self._inner.close()
+
+
+TARGET = "crashing_backend:CrashingBackend"
+SOURCE = GraphSource("unet", Path("model.onnx"), Path("weights.safetensors"), {"out_channels": 4}, "")
+FEEDS = {
+    "sample": np.zeros((1, 4, 8, 8), np.float32),
+    "timestep": np.array(1, np.float32),
+    "encoder_hidden_states": np.zeros((1, 7, 32), np.float32),
+}
+
+
+def options(**extra: str) -> PrepareOptions:
+    """What goes wrong when: ``options(run="abort")``."""
+    return PrepareOptions(extra=extra, device="none")
+
+
+def is_gone(pid: int | None) -> bool:
+    """Whether a process has ended; a zombie counts as there."""
+    assert pid
+    for _ in range(50):
+        if not Path(f"/proc/{pid}").exists():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def goes_on(backend: Backend) -> None:
+    """The parent can prepare again and gets right results."""
+    outputs = backend.prepare(SOURCE, options()).run(FEEDS)
+    assert np.array_equal(outputs["out_sample"].ravel(), np.linspace(-1, 1, 256, dtype=np.float32))
