@@ -47,6 +47,8 @@ def functional(case, weight, tensors, strength):
         t["oft_blocks"] = tensor(generators(tensors["oft_diag"], "first" in case))
     if "oft_blocks" in t:
         constraint = alpha * len(weight) if alpha > 0 else None
+        if alpha == 0 and "kohya" in case:  # a constraint of 0 there, which lycoris takes for none
+            constraint = 1e-12
         if t["oft_blocks"].ndim == 3:
             change = diag_oft.diff_weight(
                 w, t["oft_blocks"], t.get("rescale"), constraint=constraint, backend="torch"
@@ -73,13 +75,14 @@ def functional(case, weight, tensors, strength):
         if mid is None:
             down, up = down.reshape(len(down), -1), up.reshape(len(up), -1)
         gamma = alpha / len(down) if alpha > 0 else 1.0
+        gamma = float(tensors.get("scale", gamma))
         change = locon.diff_weight(down, up, mid, gamma=gamma, backend="torch")
     return weight + strength * change.numpy().reshape(weight.shape)
 
 
 FUNCTIONAL = [
     *("LoRA", "LoRA without alpha", "LoRA 1x1 as linear", "LoRA linear as 1x1", "LoCon", "CP"),
-    *("LoHa", "LoHa without alpha", "LoHa conv", "LoHa 1x1", "LoHa Tucker"),
+    *("LoRA with scale", "LoHa", "LoHa without alpha", "LoHa conv", "LoHa 1x1", "LoHa Tucker"),
     *(
         "LoKr",
         "LoKr both factored",
@@ -91,7 +94,7 @@ FUNCTIONAL = [
     ),
     *("LoKr conv factored with a kernel", "LoKr of 2023", "LoKr Tucker"),
     *("OFT", "OFT with alpha 0", "OFT constrained", "OFT conv with rescale", "OFT of kohya"),
-    *("old OFT", "first OFT"),
+    *("OFT of kohya with alpha 0", "old OFT", "first OFT"),
     *("BOFT", "BOFT constrained", "BOFT conv with rescale"),
 ]
 
@@ -114,6 +117,15 @@ def test_a_planted_error_is_seen(bake_one, cases, name):
     expected = functional(name, weight, tensors, 0.6)
     actual, _ = bake_one(weight, tensors, 0.61)
     assert not LIMIT.holds(relative_l2(actual, expected))
+
+
+@pytest.mark.parametrize("name", ["LoRA with scale", "OFT of kohya with alpha 0"])
+def test_a_file_that_says_less_is_seen(bake_one, cases, name):
+    """Without the scale alpha counts; without kohya's prefix nothing is constrained."""
+    weight, tensors = cases.make(name)
+    expected = functional(name, weight, tensors, 1.0)
+    less = {key: value for key, value in tensors.items() if key != "scale"}
+    assert not LIMIT.holds(relative_l2(bake_one(weight, less)[0], expected))
 
 
 def by_module(weight, tensors, strength):

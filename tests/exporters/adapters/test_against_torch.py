@@ -1,4 +1,4 @@
-"""What few adapter packages merge, against torch itself: its sparse tensors, its layers run forward."""
+"""What few adapter packages merge, against torch itself: its tensors' operators, its layers run forward."""
 
 from __future__ import annotations
 
@@ -92,4 +92,76 @@ def test_glora_is_the_network_of_its_paper(bake_one, cases, name):
     assert not LIMIT.holds(relative_l2(run(x, torch.from_numpy(wrong).double()).numpy(), expected.numpy()))
 
 
-CHECKED = (*SPARSE, *GLORAS)
+def test_a_whole_value(bake_one, cases):
+    """The way from the weight to the value is what torch calls ``lerp``, the end of it what it loads."""
+    weight, tensors = cases.make("set")
+    value = torch.from_numpy(tensors["set_weight"])
+    layer = torch.nn.Conv2d(20, 12, 3, bias=False)
+    layer.load_state_dict({"weight": value})
+    assert LIMIT.holds(relative_l2(bake_one(weight, tensors)[0], layer.weight.detach().numpy()))
+    expected = torch.lerp(torch.from_numpy(weight), value, 0.6).numpy()
+    assert LIMIT.holds(relative_l2(bake_one(weight, tensors, 0.6)[0], expected))
+    assert not LIMIT.holds(relative_l2(bake_one(weight, tensors, 0.61)[0], expected))
+
+
+KRON = "LoKr conv factored with a kernel"
+
+
+def test_a_kronecker_product_with_a_kernel(bake_one, cases):
+    """The second factor is a convolution after a convolution; torch multiplies the whole by the first."""
+    weight, tensors = cases.make(KRON)
+    t = {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}
+    inputs = torch.eye(5)[:, :, None, None]  # each input alone, so that the output is the kernel, mirrored
+    padded = torch.nn.functional.pad(inputs, (2, 2, 2, 2))
+    passed = torch.nn.functional.conv2d(padded, t["lokr_w2_b"])
+    second = torch.nn.functional.conv2d(passed, t["lokr_w2_a"][:, :, None, None]).flip(2, 3).transpose(0, 1)
+    change = torch.kron(t["lokr_w1"][:, :, None, None], second.contiguous()) * (t["alpha"] / 2)
+    expected = weight + np.float32(0.6) * change.numpy()
+    assert LIMIT.holds(relative_l2(bake_one(weight, tensors, 0.6)[0], expected))
+    mirrored = tensors | {"lokr_w2_b": tensors["lokr_w2_b"][:, :, ::-1].copy()}
+    assert not LIMIT.holds(relative_l2(bake_one(weight, mirrored, 0.6)[0], expected))
+
+
+ROTATIONS = ["OFT of OneTrainer", "OFT of OneTrainer conv", "OFT of OneTrainer shared"]
+ROTATIONS += ["OFT of OneTrainer scaled", "OFT of OneTrainer scaled at first"]
+ROTATIONS += ["OFT of PEFT", "OFT of PEFT conv"]
+
+
+def turned(generators):
+    """``I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4``, by torch's exact Cayley transform: it is that times ``I - Q^4``."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros_like(generators))
+    cayley = torch.nn.utils.parametrizations.orthogonal
+    cayley(layer, orthogonal_map="cayley", use_trivialization=False)
+    layer.parametrizations.weight.original.data.copy_(2 * generators.tril())
+    identity = torch.eye(generators.shape[-1], dtype=generators.dtype)
+    return (layer.weight @ (identity - torch.linalg.matrix_power(generators, 4))).detach()
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_rotations_of_the_inputs(bake_one, cases, name, strength):
+    """``x R`` before a linear layer; OneTrainer turns the kernel of a convolution, PEFT its inputs."""
+    weight, tensors = cases.make(name)
+    stem = cases.stem_of(name)
+    vectors, flag = torch.from_numpy(tensors["oft_R.weight"]).double(), tensors.get("oft_R.scaled_oft")
+    columns = weight[0].size
+    size = next(b for b in range(2, 64) if b * (b - 1) // 2 == vectors.shape[1])
+    if flag is not None:
+        vectors = vectors / (vectors.shape[1] ** 0.5 if flag.dtype != np.bool_ else 2 * (size - 1) ** 0.5)
+    generators = torch.zeros(len(vectors), size, size, dtype=torch.float64)
+    generators[:, *torch.triu_indices(size, size, 1)] = vectors
+    blocks = turned(generators - generators.mT)
+    whole = torch.block_diag(*blocks.expand(columns // size, -1, -1))
+    if weight.ndim == 2 or "PEFT" in name:
+        whole = whole.T
+    start = torch.from_numpy(weight).double().flatten(1)
+    expected = torch.lerp(start, start @ whole, strength).reshape(weight.shape).numpy()
+    assert LIMIT.holds(relative_l2(bake_one(weight, tensors, strength, stem)[0], expected))
+    wrong = [tensors | {"oft_R.weight": -tensors["oft_R.weight"]}]
+    wrong += [{"oft_R.weight": tensors["oft_R.weight"]}] * (flag is not None)
+    for changed in wrong:
+        assert not LIMIT.holds(relative_l2(bake_one(weight, changed, strength, stem)[0], expected))
+
+
+CHECKED = (*SPARSE, *GLORAS, "set", KRON, *ROTATIONS)

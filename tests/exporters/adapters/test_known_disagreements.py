@@ -12,6 +12,7 @@ import pytest
 
 from kiln.benchmarks.parity import THRESHOLDS, relative_l2
 from kiln.exporters.adapters.base import AdapterRef
+from kiln.exporters.ldm_names import ldm_unet_module_map
 
 torch = pytest.importorskip("torch")
 LIMIT = THRESHOLDS["baked_weight_relative_l2"]
@@ -98,6 +99,15 @@ def test_lycoris_leaves_rescale_at_full_strength(bake_one, cases):
     assert relative_l2(bake_one(weight, tensors, 1e-6)[0], weight) < 1e-5
 
 
+def test_lycoris_forgets_the_sparse_remainder(bake_one, cases, lycoris_merged):
+    """It writes one beside an extracted low rank and merges the low rank alone."""
+    weight, tensors = cases.make("sparse beside a LoRA")
+    low = {key: value for key, value in tensors.items() if not key.startswith("bias_")}
+    theirs = lycoris_merged(weight, tensors)
+    assert LIMIT.holds(relative_l2(bake_one(weight, low)[0], theirs))
+    assert not LIMIT.holds(relative_l2(bake_one(weight, tensors)[0], theirs))
+
+
 def test_lycoris_cannot_make_a_glora_in_cp_form(bake_one, cases):
     """Its module asks for a kernel that is both of one and of more, so no trainer wrote such a file."""
     glora = pytest.importorskip("lycoris.modules.glora")
@@ -175,6 +185,38 @@ def test_diffusers_applies_nothing_of_bare_attention_processors(tiny, make_lora,
     assert all(np.array_equal(theirs[n, k], v) for n, t in tiny.tensors.items() for k, v in t.items())
     actual = baked(tiny, AdapterRef(save(tensors)))
     assert any(not np.array_equal(actual[key], theirs[key]) for key in actual)
+
+
+SPELLINGS = {
+    "diffusion_model.{ldm}": "Invalid LoRA checkpoint",  # ComfyUI
+    "diffusion_model_{flat}": "Invalid LoRA checkpoint",  # NTC
+    "unet.{ldm}": "Invalid LoRA checkpoint",  # OneTrainer, of the Open Model Initiative
+    "lora_unet.{path}": None,  # OneTrainer's own
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_diffusers_reads_no_names_of_comfyui_onetrainer_and_ntc(tiny, make_lora, save, baked, spelling):
+    """It refuses the file, or applies nothing of it."""
+    ldm = {path: name for name, path in ldm_unet_module_map(tiny.tensors["unet"]).items()}
+    tensors = {}
+    for f in make_lora(attention):
+        name = ldm[f.module]
+        stem = spelling.format(ldm=name, flat=name.replace(".", "_"), path=f.module)
+        tensors |= {f"{stem}.lora_down.weight": f.down, f"{stem}.lora_up.weight": f.up}
+        tensors[f"{stem}.alpha"] = np.array(f.alpha, np.float32)
+    actual = baked(tiny, AdapterRef(save(tensors)))
+    changed = [key for key in actual if not np.array_equal(actual[key], tiny.tensors[key[0]][key[1]])]
+    assert len(changed) == len(tensors) // 3
+    pipeline = tiny.pipeline()
+    state = {k: torch.from_numpy(v.copy()) for k, v in tensors.items()}
+    if message := SPELLINGS[spelling]:
+        with pytest.raises(ValueError, match=message):
+            pipeline.load_lora_weights(state)
+        return
+    pipeline.load_lora_weights(state)
+    assert pipeline.get_list_adapters() == {}
 
 
 def test_diffusers_drops_the_lengths_of_dora(tiny, make_lora, spell, save, baked, fused):
