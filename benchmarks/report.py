@@ -1,4 +1,13 @@
-"""Samples, what is said about them, and the record of a measurement: a table, a JSON file, an exit code."""
+"""Samples, what is said about them, and the report of a script's measurement: a table, a JSON file, an exit
+code.
+
+The scripts of this folder measure a part of Kiln, an export, a step, a start, in seconds or megabytes, and
+hold ratios against limits. ``records.record`` is the other form of result, that of ``kiln bench``: one
+configuration that draws images. It cannot serve here: it needs a workload with prompts and noise, what each
+network reports to be in force, parity and a verdict, which others verify. A script has none of these, and a
+record that may lack them would be accepted from ``kiln bench`` too. What both say of samples, the machine and
+limits is written once, in ``records.stats``, ``records.bootstrap``, ``machine`` and ``parity``.
+"""
 
 from __future__ import annotations
 
