@@ -70,6 +70,8 @@ THRESHOLDS: dict[str, Threshold] = {
     "lowered_fp16_relative_l2": Threshold(1e-2, True, "a graph typed fp16, rounded after each operator"),
     "lowered_bf16_relative_l2": Threshold(5e-2, True, "a graph typed bf16, rounded after each operator"),
     "baked_weight_relative_l2": Threshold(1e-6, True, "baked fp32 weights against fuse_lora and lycoris"),
+    # tests/exporters/lora_tools/test_extract_properties.py: at most 6.7e-6; a planted error is 1e-2 and more.
+    "extracted_energy_absolute": Threshold(3e-5, True, "energy that an extracted LoRA restores, as stated"),
     "noise_absolute": Threshold(1e-6, True, "normal values against torch.randn"),
     "schedule_sigma_relative": Threshold(
         1e-4,
