@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..records.record import NoiseReport, Record, Tool, Verdict
+from ..records.record import NoiseReport, Record, Tool
 from ..records.stats import derive
+from ..records.verify_verdict import LONGER_THAN_THE_WHOLE, NOTHING_TIMED, ROUNDING, verdict_of
 from .lane import Lane
 from .noise import judge_samples, report
 
@@ -43,11 +44,8 @@ def make_record(lane: Lane, facts: RunFacts, machine: NoiseReport, floor: float 
     noise = replace(report([*graded, *found], machine.facts), floor=floor)
     reasons = list(dict.fromkeys(lane.reasons))
     if not lane.samples:
-        reasons.append("nothing was timed")
-    reasons += _attribution(stats.unattributed)
-    verdict: Verdict = "invalid" if reasons or noise.verdict == "invalid" else "valid"
-    if verdict == "valid" and noise.verdict == "noisy":
-        verdict = "noisy"
+        reasons.append(NOTHING_TIMED)
+    reasons += [*_attribution(stats.unattributed), *noise.reasons]
     remarks = [*lane.remarks, *_unattributed(stats.unattributed)]
     return Record(
         id=f"{facts.run}-{asked.key}",
@@ -69,16 +67,17 @@ def make_record(lane: Lane, facts: RunFacts, machine: NoiseReport, floor: float 
         noise=noise,
         parity=lane.parity,
         images=lane.images,
-        verdict=verdict,
-        reasons=tuple(dict.fromkeys([*reasons, *noise.reasons, *remarks])),
+        verdict=verdict_of(reasons, noise),
+        reasons=tuple(dict.fromkeys(reasons)),
         command=facts.command,
+        remarks=tuple(dict.fromkeys(remarks)),
     )
 
 
 def _attribution(unattributed: float | None) -> list[str]:
     """Components that take longer than the whole are a broken measurement."""
-    if unattributed is not None and unattributed < -1e-6:
-        return [f"the components take {-unattributed:.1%} longer than the whole"]
+    if unattributed is not None and unattributed < -ROUNDING:
+        return [f"the components take {-unattributed:.1%} {LONGER_THAN_THE_WHOLE}"]
     return []
 
 

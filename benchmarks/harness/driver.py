@@ -26,7 +26,7 @@ from .judging import (
 from .lane import Lane
 from .lane_groups import grouped
 from .measure import turns, warm_up
-from .noise import NoiseWatch, Snapshot, aa_difference, judge_aa, judge_machine
+from .noise import NoiseWatch, Snapshot, aa_difference, aa_floor, judge_aa, judge_machine
 from .noise_floor import machine_id, noise_floor, remember_floor
 from .partial import Partials
 from .plan import Plan, Say, Tools
@@ -250,11 +250,14 @@ class Run:
         if twin and pair and twin.configuration.key == pair.configuration.key:
             found = aa_difference(pair.samples, twin.samples)
             if found is not None and not (twin.failed or pair.failed):
-                self.say(f"A/A: two runs of {pair.label} differ by {found:.2%}")
+                floor = aa_floor(pair.samples, twin.samples)
+                told = "too few to tell the noise floor" if floor is None else f"noise floor {floor:.2%}"
+                self.say(f"A/A: two runs of {pair.label} differ by {found:.2%}; {told}")
                 for lane in lanes:
                     lane.noise += judge_aa(found)
-                remember_floor(self.machine, pair.configuration.workload.id, found)
-                return found
+                if floor is not None:
+                    remember_floor(self.machine, pair.configuration.workload.id, floor)
+                    return floor
         return noise_floor(self.machine)
 
     def _finish(self, lane: Lane, machine: NoiseReport, floor: float | None) -> None:

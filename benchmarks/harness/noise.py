@@ -11,7 +11,9 @@ from statistics import mean, median
 from typing import Any
 
 from ..machine import load_average
+from ..records.bootstrap import ratio_interval
 from ..records.record import Noise, NoiseReport, Sample
+from ..records.stats import INTERVAL_LEAST
 from . import nvml
 
 # Shares of the machine's processor time in the window. What others take from the measured process shows in
@@ -138,9 +140,25 @@ def aa_difference(first: Sequence[Sample], second: Sequence[Sample]) -> float | 
     return abs(a / b - 1)
 
 
-def judge_aa(floor: float) -> list[tuple[Noise, str]]:
+def aa_floor(first: Sequence[Sample], second: Sequence[Sample]) -> float | None:
+    """How far apart the medians of two runs of the same may be: the noise floor of an A/A pair.
+
+    The difference itself may be 0 by luck. This is the far end of the 95 % bootstrap interval of the ratio,
+    as a distance from 1 in whichever direction is farther, so it is never less than what the spread of the
+    samples leaves open. Each side is resampled by itself, as in a comparison of two runs at two times.
+
+    Returns:
+        None where a side has fewer than ``INTERVAL_LEAST`` samples, of which no interval is of 95 %.
+    """
+    if min(len(first), len(second)) < INTERVAL_LEAST:
+        return None
+    low, high = ratio_interval([s.seconds for s in first], [s.seconds for s in second])
+    return max(1 / low, high) - 1
+
+
+def judge_aa(difference: float) -> list[tuple[Noise, str]]:
     """What a difference between two runs of the same configuration says."""
-    return _graded(floor, AA_NOISY, AA_INVALID, "two runs of the same configuration differ by {}")
+    return _graded(difference, AA_NOISY, AA_INVALID, "two runs of the same configuration differ by {}")
 
 
 def report(

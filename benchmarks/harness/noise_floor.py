@@ -1,4 +1,4 @@
-"""How far two runs of the same have differed on this machine, remembered for later comparisons."""
+"""How far two runs of the same may differ on this machine, remembered for later comparisons."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 from ...cache import cache_root, private_folder
 
 _KEPT = 5
+# What a floor is: see ``noise.aa_floor``. Older rows are of the bare difference, which luck makes small.
+_OF = "interval"
 
 
 def machine_id(environment: Mapping[str, Any]) -> str:
@@ -24,16 +26,23 @@ def machine_id(environment: Mapping[str, Any]) -> str:
 
 
 def noise_floor(machine: str) -> float | None:
-    """The largest difference of the last five A/A runs on a machine, None if there was none."""
+    """The largest floor of the last five A/A runs on a machine, None if there was none."""
     runs = _read().get(machine, [])
-    floors = [row["floor"] for row in runs[-_KEPT:] if isinstance(row.get("floor"), float)]
+    floors = [
+        row["floor"] for row in runs[-_KEPT:] if isinstance(row.get("floor"), float) and row.get("of") == _OF
+    ]
     return max(floors, default=None)
 
 
 def remember_floor(machine: str, workload: str, floor: float) -> None:
     """Add an A/A run; a folder that cannot be written costs the memory and nothing else."""
     known = _read()
-    row = {"floor": floor, "workload": workload, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    row = {
+        "floor": floor,
+        "of": _OF,
+        "workload": workload,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     known[machine] = [*known.get(machine, []), row][-_KEPT:]
     path = _path()
     with contextlib.suppress(OSError):

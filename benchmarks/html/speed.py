@@ -52,6 +52,7 @@ def _row(group: Group, entry: Entry, axis: Axis) -> SpeedRow:
     record, image = entry.record, entry.record.stats.image
     relative = group.relative(entry)
     speed, interval, word = _words(group, entry, relative)
+    said = (*record.reasons, *record.remarks, *_refused(record.verdict, relative))
     return SpeedRow(
         entry=entry,
         bar=axis.at(image.median) if image else None,
@@ -65,7 +66,7 @@ def _row(group: Group, entry: Entry, axis: Axis) -> SpeedRow:
         speed=speed,
         speed_interval=interval,
         speed_word=word,
-        reasons=tuple(clean(reason) for reason in (*record.reasons, *_refused(record.verdict, relative))),
+        reasons=tuple(clean(reason) for reason in said),
     )
 
 

@@ -55,9 +55,11 @@ def print_records(records: Sequence[Record], console: Console, *, baseline: str 
             if table is not None:
                 console.print(table)
         for entry in group.entries:
+            style = _COLOURS.get(entry.record.verdict, "")
             for reason in entry.record.reasons:
-                style = _COLOURS.get(entry.record.verdict, "")
                 console.print(Text(f"{entry.number} {entry.label}: {clean(reason)}", style=style))
+            for remark in entry.record.remarks:
+                console.print(Text(f"{entry.number} {entry.label}: {clean(remark)}"))
 
 
 def _summary(group: Group) -> Table:

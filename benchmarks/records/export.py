@@ -155,6 +155,7 @@ def _gathered() -> list[Column]:
         Column("outliers", int, lambda r: len(r.stats.image.outliers) if r.stats.image else None),
         Column("failed_gates", int, lambda r: sum(not gate.passed for gate in r.parity.gates)),
         Column("reasons", str, lambda r: "; ".join(r.reasons)),
+        Column("remarks", str, lambda r: "; ".join(r.remarks)),
         Column("command", str, lambda r: shlex.join(r.command)),
         Column("samples_seconds", str, lambda r: json.dumps([sample.seconds for sample in r.samples])),
     ]

@@ -51,6 +51,12 @@ RULES: dict[tuple[str, str], dict[str, Any]] = {
 # How a record of an older schema becomes one of the next. A change that only adds a field with a default
 # needs no new schema, and so no row here.
 UPGRADES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+# What stood among the reasons and judged nothing, before remarks had a place of their own.
+_REMARKS = re.compile(
+    "compile_cold: the system's page cache|took turns in group |(parity|pictures) not judged: |"
+    r"not explained: |LPIPS and CLIP score not told: |parity not checked: \S+ starts from noise of its own$|"
+    r"[\d.]+% of the time is outside of all components$"
+)
 
 
 class RecordError(UsageError):
@@ -109,7 +115,16 @@ def from_dict(raw: Any) -> Record:
         raise RecordError(
             f"the schema is {raw.get('schema')!r}, expected {known}; a newer Kiln may have written it"
         )
-    return _object(Record, raw, "record")
+    return _object(Record, raw if "remarks" in raw else _with_remarks(raw), "record")
+
+
+def _with_remarks(raw: dict[str, Any]) -> dict[str, Any]:
+    """The record of a Kiln that kept remarks among the reasons, with both told apart."""
+    said = raw.get("reasons")
+    if not isinstance(said, (list, tuple)) or not all(isinstance(text, str) for text in said):
+        return raw  # what is no list of texts is refused where its type is looked at
+    remarks = [text for text in said if _REMARKS.match(text)]
+    return {**raw, "reasons": [text for text in said if text not in remarks], "remarks": remarks}
 
 
 @cache

@@ -217,9 +217,10 @@ class Energy:
 class NoiseReport:
     """Whether the machine was fit to measure on, and why not.
 
-    ``floor`` is the relative difference of medians that two runs of the same configuration have shown on this
-    machine (A/A), None when it was not measured. ``facts`` are load, frequencies, temperature, throttling
-    before and after.
+    ``floor`` is the relative difference of medians that two runs of the same configuration may have on this
+    machine: the far end of the 95 % interval of an A/A pair's ratio, so that a pair that agrees by luck
+    claims no more than its spread allows. None when it was not measured. ``facts`` are load, frequencies,
+    temperature, throttling before and after.
     """
 
     verdict: Noise = "clean"
@@ -280,7 +281,8 @@ class Record:
     """One configuration, measured. ``run`` is shared by all that took turns with each other.
 
     ``key`` identifies workload and request, for resuming and merging; ``label`` is for people. ``reasons``
-    say why the verdict is not ``valid``: failed gates, settings not in force, noise.
+    say why the verdict is not ``valid``: failed gates, settings not in force, noise; a valid record has none.
+    ``remarks`` are to be borne in mind and judge nothing.
     """
 
     id: str
@@ -305,4 +307,5 @@ class Record:
     verdict: Verdict
     reasons: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     schema: str = SCHEMA

@@ -9,6 +9,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kiln.benchmarks.harness.energy import EnergyUse, Meter, Rapl, find_meter
@@ -17,6 +18,7 @@ from kiln.benchmarks.harness.memory import PeakWatch, available_bytes, drop_page
 from kiln.benchmarks.harness.noise import (
     Snapshot,
     aa_difference,
+    aa_floor,
     judge_aa,
     judge_machine,
     judge_samples,
@@ -90,6 +92,46 @@ def test_two_runs_of_the_same_are_compared_by_their_medians() -> None:
     assert [grade for grade, _ in judge_aa(0.30)] == ["invalid"]
 
 
+TRIALS = 300
+
+
+def pairs(sigma: float, count: int) -> list[tuple[list[Sample], list[Sample]]]:
+    """A/A pairs as machines have them: two runs of the same, log-normal times."""
+    rng = np.random.default_rng(count)
+    return [
+        (samples(*np.exp(rng.normal(0, sigma, count))), samples(*np.exp(rng.normal(0, sigma, count))))
+        for _ in range(TRIALS)
+    ]
+
+
+@pytest.mark.parametrize(("count", "sigma"), [(10, 0.01), (20, 0.03), (30, 0.03)])
+def test_a_pair_that_agrees_by_luck_has_a_floor_all_the_same(count: int, sigma: float) -> None:
+    """Twenty luckiest of 300 differ by next to nothing; what two runs usually differ by is still below."""
+    found = pairs(sigma, count)
+    differences = [aa_difference(*pair) or 0.0 for pair in found]
+    usual = float(np.median(differences))
+    lucky = sorted(range(TRIALS), key=differences.__getitem__)[:20]
+    assert max(differences[i] for i in lucky) < 0.2 * usual
+    assert min(aa_floor(*found[i]) or 0.0 for i in lucky) > usual
+
+
+@pytest.mark.parametrize(("count", "sigma"), [(10, 0.01), (20, 0.03), (30, 0.03)])
+def test_the_floor_of_a_pair_holds_for_other_pairs_of_the_same(count: int, sigma: float) -> None:
+    found = pairs(sigma, count)
+    floors = [aa_floor(*pair) or 0.0 for pair in found]
+    next_one = [aa_difference(*pair) or 0.0 for pair in [*found[1:], found[0]]]
+    held = sum(difference <= floor for floor, difference in zip(floors, next_one, strict=True))
+    assert held >= 0.95 * TRIALS
+    bare = [aa_difference(*pair) or 0.0 for pair in found]
+    assert sum(d <= b for b, d in zip(bare, next_one, strict=True)) < 0.6 * TRIALS  # the companion
+
+
+def test_a_floor_needs_samples_enough_for_an_interval() -> None:
+    assert aa_floor(samples(1.0, 1.0, 1.0, 1.0), samples(1.0, 1.0, 1.0, 1.0, 1.0)) is None
+    assert aa_floor(samples(*[1.0] * 5), samples(*[1.1] * 5)) == pytest.approx(0.1)
+    assert aa_floor(samples(*[1.1] * 5), samples(*[1.0] * 5)) == pytest.approx(0.1)
+
+
 def test_the_floor_is_remembered_by_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
     one, two = machine_id({"cpu": "a"}), machine_id({"cpu": "b"})
@@ -98,6 +140,18 @@ def test_the_floor_is_remembered_by_machine(monkeypatch: pytest.MonkeyPatch, tmp
         remember_floor(one, "quick@1", floor)
     assert noise_floor(one) == 0.03  # the first of six is forgotten
     assert noise_floor(two) is None
+
+
+def test_a_floor_that_was_a_bare_difference_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
+    remember_floor("m", "quick@1", 0.02)
+    path = tmp_path / "cache/bench/noise-floor.json"
+    known = json.loads(path.read_text())
+    del known["m"][0]["of"]
+    path.write_text(json.dumps(known))
+    assert noise_floor("m") is None
 
 
 def test_a_damaged_memory_of_floors_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

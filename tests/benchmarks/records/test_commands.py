@@ -135,7 +135,9 @@ def test_verify(results: Path) -> None:
     one = read_records(results)[0].id
     found = kiln("verify", results)
     assert found.exit_code == 1
-    assert found.stdout.startswith(f"{one}: the verdict is noisy, and the noise clean\n")
+    assert found.stdout.startswith(
+        f"{one}: the verdict is noisy, and valid follows from its noise, clean, and its other reasons: none\n"
+    )
     assert json.loads(kiln("verify", results, "--json").stdout)["findings"][0]["record"] == one
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kiln.benchmarks.harness.noise import aa_floor
 from kiln.benchmarks.records.compare import DEFAULT_FLOOR, Comparison, compare
 from kiln.benchmarks.records.record import AdapterFacts, Effective, NoiseReport, Record, WorkloadFacts
 
@@ -45,6 +46,24 @@ def test_the_same_is_not_significant(
     found = [one.answer for one in trials(make_record, times, count, sigma, 0.0, floor)]
     assert found.count("not significant") >= ENOUGH
     assert set(found) <= {"not significant", "slower", "faster"}
+
+
+@pytest.mark.parametrize(("count", "sigma"), GRID[1:])
+def test_both_hold_with_the_floor_of_an_a_a_pair(
+    make_record: Make, times: Times, count: int, sigma: float
+) -> None:
+    """Each trial's floor is measured by a pair of its own, lucky ones among them."""
+    one, other = make_record(), make_record(run="20260102T000000Z-bbbbbbbb")
+    same, slower = [], []
+    for seed in range(TRIALS):
+        a, b, first, second = (times(1.0, sigma, count, 4 * seed + i) for i in range(4))
+        floor = aa_floor(timed(one, first, NoiseReport()).samples, timed(one, second, NoiseReport()).samples)
+        noise = NoiseReport(floor=floor)
+        same.append(compare(timed(one, a, noise), timed(other, b, noise)).answer)
+        late = [1.1 * seconds for seconds in b]
+        slower.append(compare(timed(one, a, noise), timed(other, late, noise)).answer)
+    assert same.count("not significant") >= ENOUGH
+    assert slower.count("slower") >= ENOUGH
 
 
 @pytest.mark.parametrize(("count", "sigma"), GRID)

@@ -49,6 +49,7 @@ def test_columns_follow_from_the_record() -> None:
         "worst_psnr_db",
         "verdict",
         "reasons",
+        "remarks",
         "samples_seconds",
     }
     assert expected <= set(NAMES)

@@ -16,6 +16,7 @@ from PIL import Image
 from kiln.benchmarks.records.record import Gate, NoiseReport, Record
 from kiln.benchmarks.records.store import RECORDS, append_record, read_records
 from kiln.benchmarks.records.verify import Finding, verify_folder
+from kiln.benchmarks.records.verify_verdict import verdict_of
 from kiln.errors import UsageError
 
 Make = Callable[..., Record]
@@ -155,7 +156,7 @@ def lies() -> list[tuple[str, dict[str, Any], str]]:
         (
             "noise unsaid",
             {"noise": noisy, "reasons": noisy.reasons},
-            "the verdict is valid, and the noise noisy",
+            "the verdict is valid, and noisy follows from its noise, noisy, and its other reasons: none",
         ),
         (
             "noise hidden",
@@ -177,8 +178,51 @@ def lies() -> list[tuple[str, dict[str, Any], str]]:
             {"noise": NoiseReport(reasons=("x",)), "reasons": ("x",)},
             "the noise is clean, and has",
         ),
-        ("noisy without", {"verdict": "noisy"}, "the verdict is noisy, and the noise clean"),
-        ("no reason", {"verdict": "invalid"}, "the verdict is invalid, and no reason is given"),
+        (
+            "noisy without",
+            {"verdict": "noisy"},
+            "the verdict is noisy, and valid follows from its noise, clean",
+        ),
+        (
+            "valid turned invalid",
+            {"verdict": "invalid"},
+            "the verdict is invalid, and valid follows from its noise, clean, and its other reasons: none",
+        ),
+        (
+            "valid turned invalid for a remark",
+            {"verdict": "invalid", "remarks": ("pictures not judged: the weights are random",)},
+            "the verdict is invalid, and valid follows from its noise, clean, and its other reasons: none",
+        ),
+        (
+            "noisy turned invalid",
+            {"verdict": "invalid", "noise": noisy, "reasons": noisy.reasons},
+            "the verdict is invalid, and noisy follows from its noise, noisy, and its other reasons: none",
+        ),
+        (
+            "invalid turned valid",
+            {"reasons": ("the worker died",)},
+            "the verdict is valid, and invalid follows from its noise, clean, and its other reasons: the",
+        ),
+        (
+            "invalid turned noisy",
+            {"verdict": "noisy", "noise": noisy, "reasons": ("the worker died", *noisy.reasons)},
+            "the verdict is noisy, and invalid follows from its noise, noisy, and its other reasons: the",
+        ),
+        (
+            "a gate that failed nowhere",
+            {"verdict": "invalid", "reasons": (why,)},
+            f"a reason says {why!r}, and the record does not show it",
+        ),
+        (
+            "timed after all",
+            {"verdict": "invalid", "reasons": ("nothing was timed",)},
+            "a reason says 'nothing was timed', and the record does not show it",
+        ),
+        (
+            "not longer at all",
+            {"verdict": "invalid", "reasons": ("the components take 3.0% longer than the whole",)},
+            "longer than the whole', and the record does not show it",
+        ),
         (
             "not in force",
             {"precision": "bf16"},
@@ -227,7 +271,7 @@ def test_true_verdicts_of_all_kinds_have_no_findings(make_record: Make, tmp_path
         ),
         make_record(run="20260102T000000Z-aaaaaaaa", verdict="invalid", reasons=("the worker died",)),
         make_record(
-            run="20260103T000000Z-aaaaaaaa", reasons=("pictures not judged: the weights are random",)
+            run="20260103T000000Z-aaaaaaaa", remarks=("pictures not judged: the weights are random",)
         ),
     ]
     bad = make_record(
@@ -237,6 +281,42 @@ def test_true_verdicts_of_all_kinds_have_no_findings(make_record: Make, tmp_path
     for record in made:
         append_record(tmp_path, record)
     assert found(tmp_path) == []
+
+
+OLD_REMARKS = [
+    "compile_cold: the system's page cache could not be dropped",
+    "took turns in group 1 of 2: all together would not fit into memory",
+    "parity not judged: openvino-genai does not tell its precision",
+    "pictures not judged: the weights are random",
+    "LPIPS and CLIP score not told: a reason",
+    "not explained: a reason",
+    "parity not checked: a-peer starts from noise of its own",
+    "3.4% of the time is outside of all components",
+]
+
+
+def test_remarks_that_an_older_kiln_put_among_the_reasons_are_told_apart(
+    make_record: Make, tmp_path: Path
+) -> None:
+    append_record(tmp_path, make_record(reasons=tuple(OLD_REMARKS)))
+    rewrite(tmp_path, lambda raw: raw.pop("remarks"))
+    (record,) = read_records(tmp_path)
+    assert (record.reasons, record.remarks) == ((), tuple(OLD_REMARKS))
+    assert found(tmp_path) == []
+    rewrite(tmp_path, lambda raw: raw.update(verdict="invalid"))
+    assert any("the verdict is invalid, and valid follows" in text for text in found(tmp_path))
+    # A reason for the verdict stays one.
+    rewrite(tmp_path, lambda raw: raw["reasons"].append("parity not checked: --no-parity"))
+    assert found(tmp_path) == []
+
+
+def test_the_verdict_follows_from_reasons_and_noise() -> None:
+    clean, noisy, bad = NoiseReport(), NoiseReport("noisy", ("n",)), NoiseReport("invalid", ("n",))
+    assert verdict_of((), clean) == "valid"
+    assert verdict_of(("x",), clean) == "invalid"
+    assert verdict_of(("n",), noisy) == "noisy"
+    assert verdict_of(("n", "x"), noisy) == "invalid"
+    assert verdict_of(("n",), bad) == "invalid"
 
 
 def test_samples_that_overlap_or_are_there_twice_are_found(make_record: Make, tmp_path: Path) -> None:
