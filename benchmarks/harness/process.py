@@ -21,6 +21,7 @@ from ...errors import KilnError
 from .wire import STARTED, Message
 
 _POLL_S = 0.1
+_MOST_S = 2.0  # between two looks at the clock; more than that passes only when this process is stopped
 _ENDS_WITHIN_S = 5.0
 _LOOK_EVERY_S = 5.0
 _TAIL = 300
@@ -174,22 +175,24 @@ class Worker:
         self._answers.put(None)
 
     def _answer(self, do: str, expected: str) -> Message:
-        asked = alive = looked = time.monotonic()
-        used = 0.0
+        waited = alive = looked = used = 0.0
+        last = time.monotonic()
         while True:
             try:
                 message = self._answers.get(timeout=_POLL_S)
             except queue.Empty:
                 self._watch(self.pid)
+                # A clock of its own, which stands still while this process is stopped, and all with it.
                 now = time.monotonic()
-                if now - looked > min(_LOOK_EVERY_S, self._limits.idle_s / 2):
+                waited, last = waited + min(now - last, _MOST_S), now
+                if waited - looked > min(_LOOK_EVERY_S, self._limits.idle_s / 2):
                     # Compilers work in processes of their own, so all that it started counts.
-                    looked, spent = now, self.cpu_seconds
+                    looked, spent = waited, self.cpu_seconds
                     if spent != used:  # less when one of them has ended that nobody waits for
-                        used, alive = spent, now
-                self._check_alive(do, now - alive, now - asked)
+                        used, alive = spent, waited
+                self._check_alive(do, waited - alive, waited)
                 continue
-            alive = time.monotonic()
+            alive = waited
             if message is None:
                 raise WorkerError(self._epitaph(do))
             if message.get("kind") == "log":

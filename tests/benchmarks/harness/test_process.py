@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +106,21 @@ def test_a_worker_that_works_without_end_is_given_up_too() -> None:
         pytest.raises(WorkerError, match="gave no answer to start within 1 s; 1 s are the limit"),
     ):
         found.ready()
+
+
+def test_while_the_harness_is_stopped_no_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hypervisor or a debugger stops all processes for minutes; the clock goes on."""
+    calls = itertools.count()
+
+    def jumps() -> float:
+        return time.monotonic() + (1000.0 if next(calls) > 3 else 0.0)
+
+    clock = SimpleNamespace(monotonic=jumps, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr("kiln.benchmarks.harness.process.time", clock)
+    limits = Limits(idle_s=20.0, total_s=60.0)
+    with worker("time.sleep(1)\n" + SERVE, limits=limits) as found:
+        assert found.ready()["kind"] == "ready"
+    assert next(calls) > 4
 
 
 def test_what_it_started_ends_with_it() -> None:
