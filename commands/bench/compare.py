@@ -64,8 +64,8 @@ def compare(
     the one before.
 
     Faster or slower is said only if the 95 % interval of the ratio excludes 1, a rank test agrees, and the
-    difference exceeds the noise floor: what two runs of the same may differ by, else 5 %. Records of different
-    work, and invalid ones, are refused: exit code 1.
+    difference exceeds the noise floor: what two runs of the same may differ by, else 5 %. Records of
+    different work, and invalid ones, are refused: exit code 1.
 
     Example:
 
