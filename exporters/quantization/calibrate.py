@@ -13,7 +13,7 @@ from ...metrics import Threshold
 from .engines import open_graph
 from .limits import INT8_LIMITS
 from .observe import Observed, observing_graph, saturated_share
-from .qdq import Site
+from .qdq import Operand
 from .quantize import ActivationRange
 from .trajectories import Compute, Work, denoise
 
@@ -30,18 +30,18 @@ class Watched:
     outputs: tuple[np.ndarray, ...]
 
 
-def watch(bundle: Bundle, sites: Sequence[Site], work: Work) -> Watched:
-    """Denoise in fp32 and look at every tensor that the sites multiply with a weight.
+def watch(bundle: Bundle, operands: Sequence[Operand], work: Work) -> Watched:
+    """Denoise in fp32 and look at the tensor of every operand.
 
     Args:
         bundle: weights as they are to be quantized, in floating point; a file is put beside them meanwhile.
-        sites: of its UNet.
+        operands: of its UNet.
         work: what to draw.
     """
     import onnx
 
-    tensors = list(dict.fromkeys(site.activation for site in sites if site.activation))
-    observed = Observed(tensors)
+    tensors = list(dict.fromkeys(operand.tensor for operand in operands))
+    observed = Observed(tensors, (operand.tensor for operand in operands if operand.symmetric))
     feeds: list[Arrays] = []
     outputs: list[np.ndarray] = []
     source = bundle.source("unet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,8 +73,9 @@ def observation_names(index: int) -> tuple[str, str, str]:
 class Observed:
     """What was seen of some tensors over several runs."""
 
-    def __init__(self, tensors: Sequence[str]) -> None:
+    def __init__(self, tensors: Sequence[str], symmetric: Iterable[str] = ()) -> None:
         self.tensors = tuple(tensors)
+        self._symmetric = frozenset(symmetric)
         self.lows = dict.fromkeys(tensors, float("inf"))
         self.highs = dict.fromkeys(tensors, float("-inf"))
         self._samples: dict[str, list[np.ndarray]] = {tensor: [] for tensor in tensors}
@@ -97,13 +99,16 @@ class Observed:
 
     def ranges(self) -> dict[str, ActivationRange]:
         """The best range of every tensor, by the mean square of the error."""
-        return {t: best_range(self.samples(t), self.lows[t], self.highs[t]) for t in self.tensors}
+        return {
+            t: best_range(self.samples(t), ActivationRange(self.lows[t], self.highs[t], t in self._symmetric))
+            for t in self.tensors
+        }
 
 
 def best_range(
-    values: np.ndarray, low: float, high: float, shrinks: Iterable[float] = SHRINKS
+    values: np.ndarray, whole: ActivationRange, shrinks: Iterable[float] = SHRINKS
 ) -> ActivationRange:
-    """Of the whole range and shares of it the one whose uint8 is nearest, by the mean square of the error.
+    """Of a range and shares of it the one whose uint8 is nearest, by the mean square of the error.
 
     What is gained by finer steps is weighed against what is cut off; cf. the MSE calibration of Nagel et al.,
     "A White Paper on Neural Network Quantization", 2106.08295, section 3.1.
@@ -112,7 +117,8 @@ def best_range(
     def error(given: ActivationRange) -> float:
         return float(np.mean((fake_quantize(values, given) - values) ** 2, dtype=np.float64))
 
-    return min((ActivationRange(low * share, high * share) for share in shrinks), key=error)
+    shares = (replace(whole, low=whole.low * share, high=whole.high * share) for share in shrinks)
+    return min(shares, key=error)
 
 
 def saturated_share(values: np.ndarray, given: ActivationRange) -> float:

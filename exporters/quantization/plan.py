@@ -10,7 +10,8 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...int8 import SCALE_SUFFIX
-from .qdq import Site, quantize_activations, sites
+from .attention import score_operands
+from .qdq import Operand, Site, operands, quantize_activations, sites
 from .quantize import quantize_weight
 from .store import Calibration
 
@@ -50,17 +51,22 @@ def _fits(site: Site) -> bool:
     return size >= _LEAST_WEIGHT and size % _MULTIPLE == 0
 
 
-def activation_sites(chosen: Sequence[Site]) -> tuple[Site, ...]:
-    """Of sites with int8 weights those whose activations may be int8 too."""
-    return tuple(s for s in chosen if s.activation and not any(part in s.weight for part in _WEIGHT_ONLY))
+def activations(graph: onnx.ModelProto, chosen: Sequence[Site]) -> tuple[Operand, ...]:
+    """What else of a UNet may be int8: what meets the int8 weights of some sites, and queries and keys."""
+    able = [site for site in chosen if not any(part in site.weight for part in _WEIGHT_ONLY)]
+    return operands(able) + score_operands(graph, chosen)
 
 
 @dataclass(frozen=True)
 class Int8Plan:
-    """What becomes int8 in a bundle: weights by component, and with a calibration the UNet's activations."""
+    """What becomes int8 in a bundle: weights by component, and with a calibration the UNet's activations.
+
+    ``able`` are those that may; which of them do, the calibration says.
+    """
 
     precision: str
     chosen: Mapping[str, tuple[Site, ...]]
+    able: tuple[Operand, ...] = ()
     calibration: Calibration | None = None
     _scales: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
@@ -93,13 +99,12 @@ class Int8Plan:
         return self._scales.pop(name)
 
     @property
-    def quantized_activations(self) -> tuple[Site, ...]:
-        """The UNet's sites that compute in int8."""
+    def quantized_activations(self) -> tuple[Operand, ...]:
+        """What of the UNet goes through uint8."""
         if self.calibration is None:
             return ()
-        kept = set(self.calibration.kept)
-        able = activation_sites(self.chosen.get("unet", ()))
-        return tuple(s for s in able if s.weight not in kept and s.activation in self.calibration.ranges)
+        kept, ranges = set(self.calibration.kept), self.calibration.ranges
+        return tuple(o for o in self.able if o.layer not in kept and o.tensor in ranges)
 
     def finish_graph(self, component: str, graph: onnx.ModelProto) -> None:
         """Put the activations of a bound graph through uint8 where that is planned; in place."""

@@ -18,8 +18,8 @@ from ...errors import ParityError, UsageError
 from .calibrate import Fit, Watched, measure_fit, watch
 from .engines import open_graph
 from .gate import GATE_WORK, check_parity, measure_parity
-from .plan import FULL, Int8Plan, activation_sites, weight_sites
-from .qdq import Site
+from .plan import FULL, Int8Plan, activations, weight_sites
+from .qdq import Operand
 from .sensitivity import (
     SWITCHES,
     coarse_group,
@@ -111,7 +111,9 @@ class Int8Work:
             return Int8Plan(self.precision, chosen)
         if not chosen["unet"]:
             raise UsageError("the UNet is too small for int8; export it as fp16")
-        return Int8Plan(self.precision, chosen, self._calibration(activation_sites(chosen["unet"])))
+        able = activations(self.model.graphs["unet"], chosen["unet"])
+        large = sum(int(np.prod(site.shape)) for site in chosen["unet"]) > _LARGE
+        return Int8Plan(self.precision, chosen, able, self._calibration(able, large=large))
 
     def judge(self, folder: Path) -> dict[str, Any]:
         """Measure the bundle in ``folder``; what goes into its manifest.
@@ -144,7 +146,7 @@ class Int8Work:
             raise ParityError(f"the calibration of the base model does not fit: {misfit}; use --recalibrate")
         return {"saturated_share": self.fit.saturated, "range_ratio": self.fit.ratio}
 
-    def _calibration(self, able: tuple[Site, ...]) -> Calibration:
+    def _calibration(self, able: tuple[Operand, ...], *, large: bool) -> Calibration:
         model, given = self.model, self.options.calibration
         if given is not None:
             found = read_calibration(given)
@@ -153,7 +155,7 @@ class Int8Work:
         kept = kept_path(model.architecture, model.fingerprint)
         if self.options.recalibrate:
             self._measured_here = True
-            return self._measure(able, adapted=model.adapted)
+            return self._measure(able, large=large, adapted=model.adapted)
         inherited = model.inherited
         if inherited and (inherited.architecture, inherited.fingerprint) == (
             model.architecture,
@@ -163,7 +165,7 @@ class Int8Work:
         cached = self._from_cache(kept)
         if cached is not None:
             return cached
-        made = self._measure(able, adapted=False)
+        made = self._measure(able, large=large, adapted=False)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the measuring next time
             save_calibration(made, kept)
         return made
@@ -186,11 +188,10 @@ class Int8Work:
         asked = self._asked().items()
         return found if all(found.facts.get(key) == value for key, value in asked) else None
 
-    def _measure(self, able: tuple[Site, ...], *, adapted: bool) -> Calibration:
+    def _measure(self, able: tuple[Operand, ...], *, large: bool, adapted: bool) -> Calibration:
         bundle = self._float(adapted=adapted)
         watched = watch(bundle, able, self.options.work)
         ranges = watched.observed.ranges()
-        large = sum(int(np.prod(site.shape)) for site in able) > _LARGE
         group_of = coarse_group if large else fine_group
         errors, together, points = self._sensitivity(bundle, able, watched, 2 if large else 8)
         kept = set(groups_to_keep(errors, TARGET_ERROR, MOST_KEPT))
@@ -198,7 +199,7 @@ class Int8Work:
             self.model.architecture,
             self.model.fingerprint,
             ranges,
-            tuple(site.weight for site in able if group_of(site.weight) in kept),
+            tuple(operand.layer for operand in able if group_of(operand.layer) in kept),
             {group: float(f"{error:.4g}") for group, error in errors.items()},
             {
                 **self._asked(),
@@ -214,7 +215,7 @@ class Int8Work:
         )
 
     def _sensitivity(
-        self, bundle: Bundle, able: tuple[Site, ...], watched: Watched, count: int
+        self, bundle: Bundle, able: tuple[Operand, ...], watched: Watched, count: int
     ) -> tuple[dict[str, float], float, int]:
         import onnx
 

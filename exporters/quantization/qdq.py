@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,26 @@ class Site:
     op: str
     node: str
     activation: str | None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as one node reads it, which may go through uint8 there.
+
+    ``layer`` names what it is for: the weight that it is multiplied with, or ``...scores.query`` and
+    ``...scores.key`` of an attention. ``node`` reads ``tensor`` as its first input. ``symmetric`` asks for a
+    range with zero in its middle.
+    """
+
+    layer: str
+    node: str
+    tensor: str
+    symmetric: bool = False
+
+
+def operands(chosen: Sequence[Site]) -> tuple[Operand, ...]:
+    """What is multiplied with the weights of some sites."""
+    return tuple(Operand(s.weight, s.node, s.activation) for s in chosen if s.activation is not None)
 
 
 def sites(graph: onnx.ModelProto) -> tuple[Site, ...]:
@@ -90,18 +110,18 @@ def dequantize_node(name: str, output: str) -> onnx.NodeProto:
 
 
 def quantize_activations(
-    graph: onnx.ModelProto, chosen: Iterable[Site], ranges: Mapping[str, ActivationRange]
+    graph: onnx.ModelProto, chosen: Iterable[Operand], ranges: Mapping[str, ActivationRange]
 ) -> None:
-    """Send the activation of each chosen site through uint8; ``graph`` is changed in place.
+    """Send each chosen operand through uint8; ``graph`` is changed in place.
 
-    A tensor that several sites read is quantized once. Other readers of it see it as it was.
+    A tensor that several nodes read is quantized once. Other readers of it see it as it was.
 
     Args:
         graph: the graph, bound to weights or not.
-        chosen: sites of it.
-        ranges: what uint8 covers, by tensor; sites whose tensor has none are left alone.
+        chosen: operands of it.
+        ranges: what uint8 covers, by tensor; operands whose tensor has none are left alone.
     """
-    wanted = {site.node: site.activation for site in chosen if site.activation in ranges}
+    wanted = {operand.node: operand.tensor for operand in chosen if operand.tensor in ranges}
     done: set[str] = set()
     nodes: list[onnx.NodeProto] = []
     for node in graph.graph.node:

@@ -60,21 +60,25 @@ def quantize_weight(weight: np.ndarray) -> Int8Weight:
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """The range of a tensor that uint8 is to cover; zero lies inside and is represented exactly."""
+    """The range of a tensor that uint8 is to cover; zero lies inside and is represented exactly.
+
+    If it is ``symmetric``, zero lies in the middle, at 128, and the range reaches as far on both sides.
+    """
 
     low: float
     high: float
+    symmetric: bool = False
 
     @property
     def scale(self) -> float:
-        """The width of one of the 255 steps."""
+        """The width of one step."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
-        return max((high - low) / 255, _LEAST_STEP)
+        return max(max(high, -low) / LEVELS if self.symmetric else (high - low) / 255, _LEAST_STEP)
 
     @property
     def zero_point(self) -> int:
         """The value that stands for zero."""
-        return int(np.clip(round(-min(self.low, 0.0) / self.scale), 0, 255))
+        return 128 if self.symmetric else int(np.clip(round(-min(self.low, 0.0) / self.scale), 0, 255))
 
 
 def fake_quantize(values: np.ndarray, given: ActivationRange) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from ...backends.base import Arrays
 from ...metrics import relative_l2
 from .engines import Run
-from .qdq import Site
+from .qdq import Operand
 from .quantize import ActivationRange
 
 if TYPE_CHECKING:
@@ -25,29 +25,37 @@ SWITCHES = "int8_switches"
 _BLOCK = re.compile(
     r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
 )
-_LAYER = re.compile(r"\.(conv1|conv2|conv_shortcut|proj_in|proj_out|attn1|attn2|ff\.net\.0|ff\.net\.2)\b")
+_LAYER = re.compile(
+    r"\.(conv1|conv2|conv_shortcut|proj_in|proj_out|attn[12](?:\.scores)?|ff\.net\.0|ff\.net\.2)\b"
+)
+_SCORES = ".scores."
 
 
-def coarse_group(weight: str) -> str:
-    """The group of a weight in a large network: its resnet, attention block or resampling."""
-    block = _BLOCK.match(weight)
-    return block.group() if block else weight.removesuffix(".weight")
+def coarse_group(layer: str) -> str:
+    """The group of a layer in a large network: its resnet, attention block or resampling.
+
+    Queries and keys of the attentions of a block are a group of their own: they may hurt where the linear
+    layers do not.
+    """
+    block = _BLOCK.match(layer)
+    if not block:
+        return layer.removesuffix(".weight")
+    return f"{block.group()}.scores" if _SCORES in layer else block.group()
 
 
-def fine_group(weight: str) -> str:
-    """The group of a weight in a small network: the part of the block it belongs to."""
-    layer = _LAYER.search(weight)
-    stem = coarse_group(weight)
-    return f"{stem}.{layer.group(1)}" if _BLOCK.match(weight) and layer else stem
+def fine_group(layer: str) -> str:
+    """The group of a layer in a small network: the part of the block it belongs to."""
+    block, part = _BLOCK.match(layer), _LAYER.search(layer)
+    return f"{block.group()}.{part.group(1)}" if block and part else coarse_group(layer)
 
 
 def switched_graph(
     graph: onnx.ModelProto,
-    sites: Sequence[Site],
+    operands: Sequence[Operand],
     ranges: Mapping[str, ActivationRange],
     group_of: Callable[[str], str] = fine_group,
 ) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of a graph whose sites see ``x + switch * (uint8(x) - x)``; and the groups, one for each switch.
+    """A copy of a graph whose operands are ``x + switch * (uint8(x) - x)``; and the groups, one a switch.
 
     The rounding is written out instead of as ``QuantizeLinear``, so that no engine makes int8 kernels of it.
     """
@@ -56,20 +64,20 @@ def switched_graph(
 
     made = onnx.ModelProto()
     made.CopyFrom(graph)
-    groups = list(dict.fromkeys(group_of(site.weight) for site in sites if site.activation in ranges))
+    able = [operand for operand in operands if operand.tensor in ranges]
+    groups = list(dict.fromkeys(group_of(operand.layer) for operand in able))
     made.graph.input.append(helper.make_tensor_value_info(SWITCHES, onnx.TensorProto.FLOAT, [len(groups)]))
-    wanted = {s.node: (s.activation, group_of(s.weight)) for s in sites if s.activation in ranges}
+    wanted = {operand.node: (operand.tensor, group_of(operand.layer)) for operand in able}
     done: set[tuple[str, str]] = set()
     nodes: list[onnx.NodeProto] = []
     for node in made.graph.node:
         if node.name in wanted:
             tensor, group = wanted[node.name]
             index = groups.index(group)
-            if tensor is not None:
-                if (tensor, group) not in done:
-                    done.add((tensor, group))
-                    nodes += _switched(made, tensor, index, ranges[tensor])
-                node.input[0] = f"{tensor}__switched_{index}"
+            if (tensor, group) not in done:
+                done.add((tensor, group))
+                nodes += _switched(made, tensor, index, ranges[tensor])
+            node.input[0] = f"{tensor}__switched_{index}"
         nodes.append(node)
     del made.graph.node[:]
     made.graph.node.extend(nodes)

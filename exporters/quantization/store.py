@@ -14,7 +14,7 @@ from ...errors import UsageError
 from .quantize import ActivationRange
 
 FORMAT = "kiln-calibration"
-VERSION = 1
+VERSION = 2
 BUNDLE_FILE = "calibration.json"  # its name inside a bundle
 
 
@@ -23,7 +23,7 @@ class Calibration:
     """Ranges of the UNet's activations and what was left in higher precision.
 
     ``architecture`` is the digest of the graph whose tensors are named, ``fingerprint`` the checkpoint
-    that was measured. ``ranges`` are by tensor. ``kept`` names the weights that stay in the type the rest has
+    that was measured. ``ranges`` are by tensor. ``kept`` names the layers that stay in the type the rest has
     because quantizing them hurt, ``sensitivity`` the error each group caused by itself, largest first.
     ``facts`` say how it was measured.
     """
@@ -46,6 +46,7 @@ class Calibration:
             "kept": list(self.kept),
             "sensitivity": dict(self.sensitivity),
             "ranges": {name: [given.low, given.high] for name, given in sorted(self.ranges.items())},
+            "symmetric": sorted(name for name, given in self.ranges.items() if given.symmetric),
         }
         return (json.dumps(value, indent=1) + "\n").encode()
 
@@ -67,10 +68,11 @@ def read_calibration(path: Path) -> Calibration:
             f"{path} is no calibration of version {VERSION}; make one with --precision int8-full"
         )
     try:
+        symmetric = frozenset(map(str, value["symmetric"]))
         return Calibration(
             str(value["architecture"]),
             str(value["fingerprint"]),
-            {str(name): _range(row) for name, row in value["ranges"].items()},
+            {str(name): _range(row, symmetric=name in symmetric) for name, row in value["ranges"].items()},
             tuple(str(name) for name in value["kept"]),
             {str(name): float(error) for name, error in value["sensitivity"].items()},
             dict(value["facts"]),
@@ -79,11 +81,11 @@ def read_calibration(path: Path) -> Calibration:
         raise UsageError(f"{path} is no calibration: {exc!r:.200}") from exc
 
 
-def _range(row: Any) -> ActivationRange:
+def _range(row: Any, *, symmetric: bool) -> ActivationRange:
     low, high = (float(bound) for bound in row)
     if not (-float("inf") < low <= high < float("inf")):
         raise ValueError(f"a range from {low} to {high}")
-    return ActivationRange(low, high)
+    return ActivationRange(low, high, symmetric)
 
 
 def check_calibration(given: Calibration, architecture: str, fingerprint: str, where: str) -> None:

@@ -119,7 +119,12 @@ def test_a_calibration_that_no_longer_fits_is_said() -> None:
 
 
 MADE = Calibration(
-    "arch", "print", {"t": ActivationRange(-1.5, 2.25)}, ("a.weight",), {"a": 0.5}, {"steps": 8}
+    "arch",
+    "print",
+    {"t": ActivationRange(-1.5, 2.25), "q": ActivationRange(-3.0, 2.0, symmetric=True)},
+    ("a.weight",),
+    {"a": 0.5},
+    {"steps": 8},
 )
 
 
@@ -140,6 +145,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
         {"ranges": {"t": [0, float("nan")]}},
         {"ranges": []},
         {"kept": 3},
+        {"symmetric": 3},
         {"sensitivity": {"a": "x"}},
         {"facts": 7},
     ],

@@ -13,8 +13,8 @@ from onnx import helper
 import kiln
 from kiln.exporters.graphs import find_graph
 from kiln.exporters.quantization.observe import Observed, best_range, observing_graph, saturated_share
-from kiln.exporters.quantization.plan import activation_sites, weight_sites
-from kiln.exporters.quantization.qdq import Site, quantize_activations, sites
+from kiln.exporters.quantization.plan import activations, weight_sites
+from kiln.exporters.quantization.qdq import Operand, Site, operands, quantize_activations, sites
 from kiln.exporters.quantization.quantize import ActivationRange, fake_quantize
 from kiln.exporters.quantization.sensitivity import (
     SWITCHES,
@@ -59,6 +59,7 @@ SITES = (
     Site("conv.weight", (4, 3, 3, 3), "Conv", "conv", "x"),
     Site("linear.weight", (6, 4), "MatMul", "linear", "t"),
 )
+OPERANDS = (Operand("conv.weight", "conv", "x"), Operand("linear.weight", "linear", "t"))
 X = np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
 
@@ -91,6 +92,7 @@ RANGES = {"x": ActivationRange(-2.0, 2.5), "t": ActivationRange(-15.0, 12.0)}
 
 def test_sites_are_found_with_their_output_channel_first() -> None:
     assert sites(small_graph(external=True)) == SITES
+    assert operands(SITES) == OPERANDS
 
 
 def test_a_weight_that_is_read_twice_is_left_alone() -> None:
@@ -108,9 +110,10 @@ def test_the_unet_of_the_bundled_model() -> None:
     assert kinds["Conv"] == sum(n.op_type == "Conv" for n in graph.graph.node) - 2  # first and last
     assert kinds["Gather"] == 0
     assert not any("conv_in" in s.weight or "conv_out" in s.weight for s in chosen)
-    able = activation_sites(chosen)
-    assert set(able) < set(chosen)
-    assert not any("time_emb" in s.weight or "attn2.to_k" in s.weight for s in able)
+    able = activations(graph, chosen)
+    products = [operand for operand in able if not operand.symmetric]
+    assert {operand.layer for operand in products} < {site.weight for site in chosen}
+    assert not any("time_emb" in o.layer or "attn2.to_k" in o.layer for o in products)
     assert all(s.shape[0] == graph_shape(graph, s.weight)[0] for s in chosen)
 
 
@@ -120,7 +123,7 @@ def graph_shape(graph: onnx.ModelProto, name: str) -> tuple[int, ...]:
 
 def test_quantized_activations_compute_what_numpy_does() -> None:
     model = small_graph()
-    quantize_activations(model, SITES, RANGES)
+    quantize_activations(model, OPERANDS, RANGES)
     found = run(model, x=X)["out_sample"]
     expected = computed(RANGES["x"], RANGES["t"])
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
@@ -130,13 +133,13 @@ def test_quantized_activations_compute_what_numpy_does() -> None:
 
 def test_a_site_without_a_range_is_left_alone() -> None:
     model = small_graph()
-    quantize_activations(model, SITES, {"t": RANGES["t"]})
+    quantize_activations(model, OPERANDS, {"t": RANGES["t"]})
     expected = computed(None, RANGES["t"])
     np.testing.assert_allclose(run(model, x=X)["out_sample"], expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_switches_turn_groups_on_and_off() -> None:
-    made, groups = switched_graph(small_graph(), SITES, RANGES)
+    made, groups = switched_graph(small_graph(), OPERANDS, RANGES)
     assert groups == ["conv", "linear"]
     for on in ([0, 0], [1, 0], [0, 1], [1, 1]):
         found = run(made, x=X, **{SWITCHES: np.float32(on)})["out_sample"]
@@ -148,7 +151,7 @@ def test_switches_turn_groups_on_and_off() -> None:
 
 def test_sensitivity_names_the_group_that_hurts() -> None:
     rough = {"x": ActivationRange(-2.0, 2.5), "t": ActivationRange(-300.0, 300.0)}
-    made, groups = switched_graph(small_graph(), SITES, rough)
+    made, groups = switched_graph(small_graph(), OPERANDS, rough)
     target = computed(None, None)
     errors, together = measure_sensitivity(lambda feeds: run(made, **feeds), groups, [{"x": X}], [target])
     assert list(errors) == ["linear", "conv"]
@@ -183,10 +186,15 @@ def test_groups_are_kept_until_the_rest_is_good_enough() -> None:
             "mid_block.attentions.0.ff.net.2",
             "mid_block.attentions.0",
         ),
+        (
+            "up_blocks.3.attentions.1.transformer_blocks.0.attn1.scores.query",
+            "up_blocks.3.attentions.1.attn1.scores",
+            "up_blocks.3.attentions.1.scores",
+        ),
         ("up_blocks.0.upsamplers.0.conv.weight", "up_blocks.0.upsamplers.0", "up_blocks.0.upsamplers.0"),
     ],
 )
-def test_groups_of_weights(weight: str, fine: str, coarse: str) -> None:
+def test_groups_of_layers(weight: str, fine: str, coarse: str) -> None:
     assert (fine_group(weight), coarse_group(weight)) == (fine, coarse)
 
 
@@ -223,9 +231,9 @@ def test_the_sample_of_a_large_tensor_has_every_channel() -> None:
 def test_the_best_range_cuts_off_what_is_not_worth_it() -> None:
     rng = np.random.default_rng(0)
     values = np.append(rng.standard_normal(1_000_000), [40.0]).astype(np.float32)
-    found = best_range(values, float(values.min()), 40.0)
-    assert found.high < 30
     whole = ActivationRange(float(values.min()), 40.0)
+    found = best_range(values, whole)
+    assert found.high < 30
 
     def error(given: ActivationRange) -> float:
         return float(np.mean((fake_quantize(values, given) - values) ** 2))
@@ -234,4 +242,5 @@ def test_the_best_range_cuts_off_what_is_not_worth_it() -> None:
     assert saturated_share(values, found) < 1e-3
     assert saturated_share(values, ActivationRange(-1.0, 1.0)) == pytest.approx(0.3173, abs=0.01)  # 1 sigma
     even = np.linspace(-1, 1, 1000, dtype=np.float32)
-    assert best_range(even, -1.0, 1.0) == ActivationRange(-1.0, 1.0)
+    assert best_range(even, ActivationRange(-1.0, 1.0)) == ActivationRange(-1.0, 1.0)
+    assert best_range(even, ActivationRange(-1.0, 1.0, symmetric=True)).symmetric

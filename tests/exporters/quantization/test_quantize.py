@@ -136,8 +136,9 @@ def test_a_whole_file_is_dequantized_for_torch_too() -> None:
 
 
 @pytest.mark.parametrize("bounds", [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (-2.5, 2.5)])
-def test_activations_go_through_uint8_as_onnx_says(bounds: tuple[float, float]) -> None:
-    given = ActivationRange(*bounds)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+def test_activations_go_through_uint8_as_onnx_says(bounds: tuple[float, float], symmetric: bool) -> None:
+    given = ActivationRange(*bounds, symmetric)
     values = np.random.default_rng(0).normal(0, 2, 500).astype(np.float32)
     nodes = [
         onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
@@ -157,7 +158,7 @@ def test_activations_go_through_uint8_as_onnx_says(bounds: tuple[float, float]) 
     expected = onnx.reference.ReferenceEvaluator(model).run(None, {"x": values})[0]
     np.testing.assert_array_equal(fake_quantize(values, given), expected)
     assert fake_quantize(np.float32([0]), given)[0] == 0
-    other = ActivationRange(bounds[0] - 1, bounds[1] + 1)
+    other = ActivationRange(bounds[0] - 1, bounds[1] + 1, symmetric)
     assert not np.array_equal(fake_quantize(values, other), expected)
 
 
