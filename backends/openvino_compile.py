@@ -18,6 +18,7 @@ from .openvino_engine import NAME, version
 from .openvino_gated import split_gated_linears
 from .openvino_guidance import share_before_prompt
 from .openvino_storage import keep_storage_type
+from .openvino_symmetric import quantize_around_zero
 from .openvino_timestep import cut_timestep
 from .openvino_upsample import multiply_before_upsampling
 from .session import check_port_names
@@ -26,7 +27,7 @@ from .session import check_port_names
 WEIGHTLESS_SINCE = (2026, 4)
 
 # Raised when a lowering changes, or what is asked of the engine, so that old entries are not used.
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def lower(core: Any, model: Any, plan: Plan) -> None:
     if plan.shared_sample and not share_before_prompt(model) and plan.must_share:
         raise SessionError("SHARED_SAMPLE needs a UNet with fixed shapes and an even batch")
     if kind_of(plan.device) == CPU and not model.is_dynamic():  # measured on processors only
+        quantize_around_zero(model)
         multiply_before_upsampling(model)
         split_gated_linears(core, model, plan.source.weights_path)
     keep_storage_type(model)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kiln.backends import openvino_gated, openvino_upsample
+from kiln.backends import openvino_gated, openvino_symmetric, openvino_upsample
 from kiln.backends.registry import get_backend, why_unusable
 from kiln.benchmarks.parity import THRESHOLDS, relative_l2
 
@@ -168,3 +168,60 @@ def test_int8_gated_layers_are_split(tmp_path: Path, wrong: bool) -> None:
     actual, _ = compiled_and_run(model, tokens)
     assert actual.shape == expected.shape
     assert LIMIT.holds(relative_l2(actual, expected)) != wrong
+
+
+def attention(zero: int) -> tuple[Any, np.ndarray]:
+    """Self-attention over heads whose queries and keys go through uint8; and tokens."""
+    heads, size = 2, CHANNELS // 2
+    given = {
+        "shape": np.array([2, -1, heads, size], np.int64),
+        "x_scale": np.array(0.03, np.float32),
+        "x_zero": np.array(zero, np.uint8),
+        "factor": np.array(size**-0.5, np.float32),
+    }
+    rows = [
+        ("QuantizeLinear", ["x", "x_scale", "x_zero"], ["q"], {}),
+        ("DequantizeLinear", ["q", "x_scale", "x_zero"], ["d"], {}),
+        ("Reshape", ["d", "shape"], ["parts"], {}),
+        ("Reshape", ["x", "shape"], ["exact"], {}),
+        ("Transpose", ["parts"], ["query"], {"perm": [0, 2, 1, 3]}),
+        ("Transpose", ["parts"], ["key"], {"perm": [0, 2, 3, 1]}),
+        ("Transpose", ["exact"], ["value"], {"perm": [0, 2, 1, 3]}),
+        ("MatMul", ["query", "key"], ["product"], {}),
+        ("Mul", ["product", "factor"], ["scores"], {}),
+        ("Softmax", ["scores"], ["weights"], {}),
+        ("MatMul", ["weights", "value"], ["y"], {}),
+    ]
+    shape = [2, 64, CHANNELS]
+    return graph_of(rows, given, shape), RNG.standard_normal(shape).astype(np.float32)
+
+
+def kinds_of_subgraphs(model: Any) -> set[str]:
+    ov = pytest.importorskip("openvino")
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    facts = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    return {
+        row["runtimePrecision"].astype(str) for row in facts if row["layerType"].astype(str) == "Subgraph"
+    }
+
+
+def test_queries_and_keys_around_128_are_multiplied_in_int8() -> None:
+    ov = pytest.importorskip("openvino")
+    graph, tokens = attention(zero=128)
+    expected = reference(graph, tokens)
+    model = ov.Core().read_model(graph.SerializeToString())
+    assert "i8" not in kinds_of_subgraphs(model)
+    assert openvino_symmetric.quantize_around_zero(model) == 1
+    model.validate_nodes_and_infer_types()
+    assert openvino_symmetric.quantize_around_zero(model) == 0
+    if "avx512_vnni" in Path("/proc/cpuinfo").read_text():
+        assert "i8" in kinds_of_subgraphs(model)
+    actual, _ = compiled_and_run(model, tokens)
+    assert LIMIT.holds(relative_l2(actual, expected))
+    assert not LIMIT.holds(relative_l2(actual[:, :, ::-1], expected))
+
+
+def test_other_zero_points_are_left_alone() -> None:
+    ov = pytest.importorskip("openvino")
+    graph, _ = attention(zero=127)
+    assert openvino_symmetric.quantize_around_zero(ov.Core().read_model(graph.SerializeToString())) == 0
