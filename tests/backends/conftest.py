@@ -9,12 +9,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from kiln.backends.base import GraphSource
 from kiln.backends.isolation.backend import IsolatedBackend
+from kiln.exporters.export import ExportSpec, export
 
 MODULES = ("text_encoder", "unet", "kl decoder", "kl encoder", "tiny decoder", "tiny encoder")
+
+
+@pytest.fixture(scope="session")
+def fp16_bundle(tiny_bundle: Path, tiny_sd1: Path, kiln_cache: Path, tmp_path_factory: Any) -> Path:
+    """The bundle of ``tiny_sd1`` with its weights stored in fp16; its graphs are in the cache already."""
+    folder = tmp_path_factory.mktemp("bundle16") / "tiny"
+    with filelock.FileLock(kiln_cache / "tracing.lock"):
+        export(ExportSpec(tiny_sd1, folder, storage="fp16"))
+    return folder
 
 
 @pytest.fixture(scope="session")

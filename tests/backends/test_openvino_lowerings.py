@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from kiln.backends import openvino_compile, openvino_guidance, openvino_storage, openvino_upsample
-from kiln.backends.base import GraphSource, PrepareOptions
+from kiln.backends.base import GraphSource, PrepareOptions, Session
 from kiln.backends.openvino_backend import SHARED_SAMPLE, WHERE_POSSIBLE
 from kiln.backends.registry import get_backend, why_unusable
 from kiln.benchmarks.parity import THRESHOLDS, relative_l2
 from kiln.bundle import open_bundle
 from kiln.errors import SessionError
-from kiln.exporters.export import ExportSpec, export
 
 BACKEND = get_backend("openvino")
 pytestmark = pytest.mark.skipif(bool(why_unusable(BACKEND)), reason=why_unusable(BACKEND) or "there")
@@ -30,10 +29,16 @@ def unet(tiny_bundle: Path) -> GraphSource:
 
 
 @pytest.fixture
-def half_unet(tiny_bundle: Path, tiny_sd1: Path, tmp_path: Path) -> GraphSource:
-    """The same UNet with weights stored in fp16; ``tiny_bundle`` has traced its graph."""
-    export(ExportSpec(tiny_sd1, tmp_path / "half", storage="fp16"))
-    return open_bundle(tmp_path / "half").source("unet")
+def half_unet(fp16_bundle: Path) -> GraphSource:
+    """The same UNet with weights stored in fp16."""
+    return open_bundle(fp16_bundle).source("unet")
+
+
+@pytest.fixture(scope="module")
+def sharing(tiny_bundle: Path) -> Session:
+    """The UNet for a guided batch of ``feeds_of``, which computes once what the halves share."""
+    unet = open_bundle(tiny_bundle).source("unet")
+    return BACKEND.prepare(unet, options_of(feeds_of(unet), extra={SHARED_SAMPLE: True}))
 
 
 def feeds_of(unet: GraphSource, latents: int = 1) -> dict[str, np.ndarray]:
@@ -62,10 +67,10 @@ def diffusers_output(tiny_sd1: Path, feeds: dict[str, np.ndarray]) -> np.ndarray
     return out
 
 
-def test_the_lowered_unet_equals_diffusers(unet: GraphSource, tiny_sd1: Path) -> None:
+def test_the_lowered_unet_equals_diffusers(unet: GraphSource, sharing: Session, tiny_sd1: Path) -> None:
     feeds = feeds_of(unet)
     expected = diffusers_output(tiny_sd1, feeds)
-    actual = BACKEND.prepare(unet, options_of(feeds, extra={SHARED_SAMPLE: True})).run(feeds)["out_sample"]
+    actual = sharing.run(feeds)["out_sample"]
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
     assert np.isfinite(actual).all()
@@ -78,25 +83,25 @@ def test_sharing_changes_no_bit(unet: GraphSource, tmp_path: Path, latents: int,
     if precision not in BACKEND.devices()[0].precisions:
         pytest.skip("a processor without bf16")
     feeds = feeds_of(unet, latents)
-    plain = BACKEND.prepare(unet, options_of(feeds, precision=precision)).run(feeds)["out_sample"]
-    shared = options_of(feeds, precision=precision, extra={SHARED_SAMPLE: True}, cache_dir=tmp_path)
-    for cached in (False, True):
-        session = BACKEND.prepare(unet, shared)
-        assert session.in_force.from_cache == cached
-        assert np.array_equal(session.run(feeds)["out_sample"], plain)
+    options = options_of(feeds, precision=precision, extra={SHARED_SAMPLE: True}, cache_dir=tmp_path)
+    shared = [BACKEND.prepare(unet, options) for _ in range(2)]
+    assert [session.in_force.from_cache for session in shared] == [False, True]
     # One cache, two models: without the promise another one is compiled.
-    assert not BACKEND.prepare(unet, replace(shared, extra={})).in_force.from_cache
+    plain = BACKEND.prepare(unet, replace(options, extra={}))
+    assert not plain.in_force.from_cache
+    expected = plain.run(feeds)["out_sample"]
+    for session in shared:
+        assert np.array_equal(session.run(feeds)["out_sample"], expected)
 
 
-def test_different_halves_are_refused(unet: GraphSource) -> None:
+def test_different_halves_are_refused(unet: GraphSource, sharing: Session) -> None:
     feeds = feeds_of(unet)
-    session = BACKEND.prepare(unet, options_of(feeds, extra={SHARED_SAMPLE: True}))
     wrong = feeds | {"sample": feeds["sample"] * np.array([1, 2], np.float32).reshape(2, 1, 1, 1)}
     with pytest.raises(SessionError, match="halves of sample differ"):
-        session.run(wrong)
+        sharing.run(wrong)
     with pytest.raises(SessionError, match=r"takes sample: float32 \[2, 4, 16, 16\]; got float32 \[1, 4"):
-        session.run(feeds | {"sample": feeds["sample"][:1]})
-    session.run(feeds)
+        sharing.run(feeds | {"sample": feeds["sample"][:1]})
+    sharing.run(feeds)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import onnx
 import pytest
@@ -16,7 +15,6 @@ from onnx.reference import ReferenceEvaluator
 from kiln.backends.base import GraphSource
 from kiln.backends.lowerings.registry import external_data_folder_entry, lower
 from kiln.backends.lowerings.static import make_static
-from kiln.exporters.export import ExportSpec, export
 
 Shapes = dict[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]
@@ -45,15 +43,6 @@ def shapes() -> dict[str, Shapes]:
 def sd1_shapes() -> dict[str, Shapes]:
     """Input shapes of Stable Diffusion 1.5 at 512 x 512 with guidance."""
     return SD1_SHAPES
-
-
-@pytest.fixture(scope="session")
-def fp16_bundle(tiny_bundle: Path, tiny_sd1: Path, kiln_cache: Path, tmp_path_factory: Any) -> Path:
-    """The tiny bundle with its weights stored in fp16; its graphs are in the cache already."""
-    folder = tmp_path_factory.mktemp("bundle16") / "tiny"
-    with filelock.FileLock(kiln_cache / "tracing.lock"):
-        export(ExportSpec(tiny_sd1, folder, storage="fp16"))
-    return folder
 
 
 @pytest.fixture(scope="session")
