@@ -87,13 +87,22 @@ def interruptible() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_sd1(write_tiny_sd1: Callable[[int, int], Path]) -> Path:
     """A diffusers folder, fp32: SD1's topology with few channels and random weights; images of 128 x 128."""
+    return write_tiny_sd1(32, 4)
+
+
+@pytest.fixture(scope="session")
+def write_tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """``write_tiny_sd1(width, heads)``: a tiny SD1 whose text encoder has that width and as many heads."""
+    return lambda width, heads: _write_tiny_sd1(tmp_path_factory.mktemp("tiny") / "sd1", width, heads)
+
+
+def _write_tiny_sd1(folder: Path, width: int, heads: int) -> Path:
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("tiny") / "sd1"
     torch.manual_seed(0)
-    for name, module in _tiny_modules().items():
+    for name, module in _tiny_modules(width, heads).items():
         with torch.no_grad():
             for key, value in module.named_parameters():
                 if "norm" in key or key.endswith("bias"):  # left at 1 and 0, a mix-up would not be seen
@@ -119,7 +128,7 @@ def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _tiny_modules() -> dict[str, Any]:
+def _tiny_modules(width: int, heads: int) -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -127,7 +136,7 @@ def _tiny_modules() -> dict[str, Any]:
         sample_size=16,
         block_out_channels=(32, 64, 64, 64),
         layers_per_block=2,
-        cross_attention_dim=32,
+        cross_attention_dim=width,
         attention_head_dim=8,
         norm_num_groups=16,
     )
@@ -140,7 +149,11 @@ def _tiny_modules() -> dict[str, Any]:
         sample_size=128,
     )
     text = CLIPTextConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49408
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        vocab_size=49408,
     )
     return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
 
