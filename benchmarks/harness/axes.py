@@ -168,8 +168,9 @@ def _backend(text: str) -> _Runner:
 
 
 def _peer(text: str) -> _Runner:
-    from ..peers.registry import find_peer
+    from ..peers.registry import check_peer, find_peer
 
     name, _, python = text.partition("=")
     peer = find_peer(name, python or None)
+    check_peer(peer)
     return _Runner("peer", peer.name, python=peer.python, options=peer.project.options)

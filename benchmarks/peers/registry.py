@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import UsageError
@@ -23,11 +25,22 @@ sys.argv[0] = module
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 _ROOT = Path(__file__).resolve().parents[2]
+# Finds modules without loading them; a package inside another is looked for in what is there of that one.
+_MISSING = """
+import importlib.util, json, sys
+def there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+print(json.dumps([name for name in sys.argv[1:] if not there(name)]))
+"""
+_LOOKS_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
 class Project:
-    """One project: the worker that drives it, the packages it needs, and what it can share with Kiln.
+    """One project: the worker that drives it, the packages and modules it needs, what it can share with Kiln.
 
     ``shares_noise`` says whether it starts from the noise of the seed, given or drawn by the same generator;
     else its pictures are its own, and not compared. ``gives_latents`` says whether it shows those after each
@@ -36,23 +49,49 @@ class Project:
 
     worker: str
     install: str
+    modules: tuple[str, ...]
     shares_noise: bool = True
     gives_latents: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
 
 
+_DIFFUSERS = Project(
+    "torch_diffusers",
+    "torch diffusers transformers accelerate",
+    ("numpy", "torch", "diffusers", "transformers", "accelerate"),
+)
 PROJECTS: Mapping[str, Project] = {
-    "diffusers": Project("torch_diffusers", "torch diffusers transformers accelerate"),
-    "diffusers-compile": Project(
-        "torch_diffusers", "torch diffusers transformers accelerate", options={"compile": True}
+    "diffusers": _DIFFUSERS,
+    "diffusers-compile": replace(_DIFFUSERS, options={"compile": True}),
+    "optimum-intel": Project(
+        "optimum_intel",
+        "optimum-intel[openvino] diffusers",
+        ("numpy", "torch", "optimum.intel", "optimum.exporters.openvino", "openvino", "diffusers"),
     ),
-    "optimum-intel": Project("optimum_intel", "optimum-intel[openvino] diffusers"),
-    "optimum-onnx": Project("optimum_onnx", "optimum-onnx[onnxruntime] diffusers"),
+    "optimum-onnx": Project(
+        "optimum_onnx",
+        "optimum-onnx[onnxruntime] diffusers",
+        ("numpy", "torch", "optimum.onnxruntime", "optimum.exporters.onnx", "onnxruntime", "diffusers"),
+    ),
     "openvino-genai": Project(
-        "openvino_genai_pipeline", "openvino-genai optimum-intel[openvino] diffusers", gives_latents=False
+        "openvino_genai_pipeline",
+        "openvino-genai optimum-intel[openvino] diffusers",
+        (
+            "numpy",
+            "torch",
+            "openvino_genai",
+            "openvino_tokenizers",
+            "optimum.exporters.openvino",
+            "diffusers",
+        ),
+        gives_latents=False,
     ),
+    # Its package has no numpy among its dependencies, and the worker writes pictures with it.
     "stable-diffusion.cpp": Project(
-        "stable_diffusion_cpp", "stable-diffusion-cpp-python", gives_latents=False
+        "stable_diffusion_cpp",
+        "stable-diffusion-cpp-python numpy",
+        ("numpy", "PIL", "stable_diffusion_cpp"),
+        gives_latents=False,
     ),
 }
 
@@ -108,3 +147,29 @@ def find_peer(name: str, python: str | None = None) -> Peer:
             f"pip install {project.install}"
         )
     return Peer(name, found, project)
+
+
+def check_peer(peer: Peer) -> None:
+    """Refuse a Python that lacks what the project needs, before anything is measured.
+
+    Raises:
+        UsageError: it does not run, or lacks a module; the text says what to install.
+    """
+    command = [peer.python, "-c", _MISSING, *peer.project.modules]
+    said = f"--peer {peer.name}: {peer.python}"
+    try:
+        done = subprocess.run(
+            command,
+            env=peer.environment,
+            capture_output=True,
+            text=True,
+            timeout=_LOOKS_WITHIN_S,
+            check=False,
+        )
+        missing: list[str] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{said} did not tell its packages within {_LOOKS_WITHIN_S:.0f} s") from None
+    except (OSError, ValueError):
+        raise UsageError(f"{said} does not run as a Python; expected that of a virtual environment") from None
+    if missing:
+        raise UsageError(f"{said} lacks {', '.join(missing)}; expected: pip install {peer.project.install}")

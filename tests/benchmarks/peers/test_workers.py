@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import time
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from kiln.api import ImageReady, Pipeline, Request, Settings, StepFinished
 from kiln.benchmarks.parity import THRESHOLDS, psnr_db, relative_l2
 from kiln.benchmarks.peers.folder import write_folder
-from kiln.benchmarks.peers.registry import PROJECTS, find_peer
+from kiln.benchmarks.peers.registry import PROJECTS, check_peer, find_peer
 from kiln.bundle import open_bundle
 from kiln.errors import UsageError
 from kiln.runtime.noise import make_generators
@@ -157,6 +158,28 @@ def test_refuses_what_it_cannot_share(tiny_bundle: Path, tmp_path: Path) -> None
         assert (answer["kind"], answer["type"]) == ("error", "ValueError")
         assert answer["text"] == "peers are compared with the sampler euler, not with ddim normal"
         assert worker.ask("memory")["kind"] == "done"  # it lives on
+
+
+def test_a_python_without_the_project_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    for name, project in PROJECTS.items():
+        peer = find_peer(name, str(tmp_path / "bare/bin/python"))
+        with pytest.raises(UsageError) as error:
+            check_peer(peer)
+        assert f"lacks {', '.join(project.modules)}; " in str(error.value)
+        assert str(error.value).endswith(f"expected: pip install {project.install}")
+
+
+def test_a_program_that_is_no_python_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"^--peer diffusers: .*false does not run as a Python; expected that of"
+    ):
+        check_peer(find_peer("diffusers", "false"))
+
+
+def test_this_python_has_what_the_peers_here_need() -> None:
+    for name in HERE:
+        check_peer(find_peer(name))
 
 
 def test_unknown_peer() -> None:
