@@ -190,14 +190,21 @@ def test_dora_of_the_outputs_is_carried_and_read_by_peft(
         tensors[key.replace("lora_up.weight", "dora_scale")] = lengths
     path = save(tensors)
     converted(path, tmp_path / "peft", "peft")
-    merged = PeftModel.from_pretrained(copy.deepcopy(tiny.unet), tmp_path / "peft").merge_and_unload()
-    actual = {("unet", name): value.detach().numpy() for name, value in merged.state_dict().items()}
+
+    def opened():
+        merged = PeftModel.from_pretrained(copy.deepcopy(tiny.unet), tmp_path / "peft").merge_and_unload()
+        return {("unet", name): value.detach().numpy() for name, value in merged.state_dict().items()}
+
     expected = {key: value for key, value in baked(tiny, AdapterRef(path)).items() if key[0] == "unet"}
-    assert worst(actual, expected) < 4 * limit.limit  # PEFT adds and normalises in another order
+    assert worst(opened(), expected) < 4 * limit.limit  # PEFT adds and normalises in another order
     converted(tmp_path / "peft", tmp_path / "back.safetensors", "kohya")
     back = load(tmp_path / "back.safetensors")
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[key], value) for key, value in tensors.items())
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    wrong = {k: v * np.float32(1.01) if "magnitude" in k else v for k, v in load(file).items()}
+    safetensors.numpy.save_file(wrong, file)
+    assert worst(opened(), expected) > 4 * limit.limit, "other lengths are not seen"
 
 
 def test_rank_stabilized_scales_become_an_alpha(tiny, baked, worst, limit, tmp_path):
@@ -212,10 +219,20 @@ def test_rank_stabilized_scales_become_an_alpha(tiny, baked, worst, limit, tmp_p
             torch.nn.init.normal_(value, std=0.1)
     model.save_pretrained(tmp_path / "peft")
     converted(tmp_path / "peft", tmp_path / "out.safetensors", "kohya")
-    alpha = next(v for k, v in load(tmp_path / "out.safetensors").items() if k.endswith("alpha"))
+    found = load(tmp_path / "out.safetensors")
+    alpha = next(v for k, v in found.items() if k.endswith("alpha"))
     assert float(alpha) == pytest.approx(3 * 5**0.5, rel=1e-14)
-    actual = baked(tiny, AdapterRef(tmp_path / "out.safetensors"))
-    assert limit.holds(worst(actual, baked(tiny, AdapterRef(tmp_path / "peft"))))
+    state = model.merge_and_unload().state_dict()
+    expected = {("text_encoder", name): value.detach().numpy() for name, value in state.items()}
+
+    def own(path):
+        return {k: v for k, v in baked(tiny, AdapterRef(path)).items() if k[0] == "text_encoder"}
+
+    assert limit.holds(worst(own(tmp_path / "out.safetensors"), expected))
+    assert limit.holds(worst(own(tmp_path / "peft"), expected))
+    plain = {k: np.array(3.0, v.dtype) if k.endswith("alpha") else v for k, v in found.items()}
+    safetensors.numpy.save_file(plain, tmp_path / "plain.safetensors")
+    assert not limit.holds(worst(own(tmp_path / "plain.safetensors"), expected)), "the root is not seen"
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -223,13 +240,22 @@ def test_the_topology_is_that_of_diffusers_classes(family, sd1_shapes, sd2_shape
     from kiln.exporters.lora_tools.topology import family_index
 
     shapes = {"sd1": sd1_shapes, "sd2": sd2_shapes, "sdxl": sdxl_shapes}[family]
-    index = family_index(family)
-    for network, tensors in shapes.items():
-        real = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
-        mine = set(index.modules(network))
-        assert real <= mine
-        # A shortcut only stands where the width changes, the projection only in encoders that have one.
-        assert {path for path in mine - real if "conv_shortcut" not in path} <= {"text_projection"}
+
+    def off(index):
+        """Layers that only one of both has."""
+        found = set()
+        for network, tensors in shapes.items():
+            real = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+            mine = set(index.modules(network))
+            # A shortcut only stands where the width changes, the projection only in encoders that have one.
+            more = {path for path in mine - real if "conv_shortcut" not in path} - {"text_projection"}
+            found |= more | (real - mine)
+        return found
+
+    assert off(family_index(family)) == set()
+    assert off(family_index({"sd1": "sd2", "sd2": "sdxl", "sdxl": "sd1"}[family])), (
+        "another family is not seen"
+    )
 
 
 def test_sdxl_gets_kohyas_names_of_ldm(sdxl_shapes, tmp_path):
@@ -278,8 +304,15 @@ def test_a_torch_file_becomes_safetensors(make_lora, spell, save, tmp_path):
     report = converted(tmp_path / "old.pt", tmp_path / "new.safetensors", "safetensors")
     assert report.tensors == len(tensors)
     loaded = safetensors.torch.load_file(tmp_path / "new.safetensors")
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(v, torch.from_numpy(tensors[k].copy()).bfloat16()) for k, v in loaded.items())
+
+    def is_same(factor=1.0):
+        return loaded.keys() == tensors.keys() and all(
+            torch.equal(v, (torch.from_numpy(tensors[k].copy()) * factor).bfloat16())
+            for k, v in loaded.items()
+        )
+
+    assert is_same()
+    assert not is_same(1.01)
 
 
 # --- what is refused ---

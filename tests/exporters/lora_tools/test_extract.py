@@ -104,8 +104,10 @@ def test_everything_together_is_the_tuned_model(tiny, tiny_folder, baked, worst,
     assert report.energy == pytest.approx(1, abs=1e-6)
     actual = baked(tiny, AdapterRef(report.output))
     expected = {(n, k): v for n, tensors in tuned.items() for k, v in tensors.items()}
-    assert worst({k: v for k, v in actual.items() if v.dtype == np.float32},
-                 {k: v for k, v in expected.items() if v.dtype == np.float32}) < 2e-6  # fmt: skip
+    expected = {k: v for k, v in expected.items() if v.dtype == np.float32}
+    assert worst({k: actual[k] for k in expected}, expected) < 2e-6
+    other = baked(tiny, AdapterRef(report.output, 1.01))
+    assert worst({k: other[k] for k in expected}, expected) > 2e-5, "another strength is not seen"
 
 
 def test_the_factors_are_those_of_lycoris(tiny, models, tmp_path):
@@ -133,10 +135,19 @@ def test_the_factors_are_those_of_lycoris(tiny, models, tmp_path):
 
 def test_diffusers_opens_it(tiny, models, baked, fused, worst, limit, tmp_path):
     report = run(models, tmp_path / "out.safetensors", Budget(rank=4), Budget(rank=2))
-    pipeline = tiny.pipeline()
-    pipeline.load_lora_weights(report.output)
-    pipeline.fuse_lora()
-    assert limit.holds(worst(fused(pipeline), baked(tiny, AdapterRef(report.output))))
+
+    def opened(path):
+        pipeline = tiny.pipeline()
+        pipeline.load_lora_weights(path)
+        pipeline.fuse_lora()
+        return fused(pipeline)
+
+    expected = baked(tiny, AdapterRef(report.output))
+    assert limit.holds(worst(opened(report.output), expected))
+    tensors = safetensors.numpy.load_file(report.output)
+    wrong = {k: v[::-1].copy() if "lora_up" in k else v for k, v in tensors.items()}
+    safetensors.numpy.save_file(wrong, tmp_path / "wrong.safetensors")
+    assert not limit.holds(worst(opened(tmp_path / "wrong.safetensors"), expected)), "swapped rows"
 
 
 def test_a_wrong_base_is_seen(tiny, tiny_folder, models, baked, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,16 @@ def test_a_product_is_cut_without_being_formed(rows, columns, inner, rank):
     product = up.astype(np.float32).astype(np.float64) @ down.astype(np.float32).astype(np.float64)
     assert made.energy == pytest.approx(best_energy(product.astype(np.float32), made.rank), rel=1e-5)
     assert kept(product, made) == pytest.approx(made.energy, abs=1e-5)
+
+
+def test_a_product_cut_to_other_values_is_seen():
+    """The second largest in place of the largest."""
+    up, down = decaying(30, 12), decaying(12, 40, seed=1)
+    product = up.astype(np.float64) @ down.astype(np.float64)
+    one, two = refactor(up, down, Budget(rank=1)), refactor(up, down, Budget(rank=2))
+    wrong = replace(two, up=two.up[:, 1:], down=two.down[1:])
+    assert kept(product, one) == pytest.approx(best_energy(product.astype(np.float32), 1), abs=1e-5)
+    assert kept(product, wrong) < best_energy(product.astype(np.float32), 1) - 0.05
 
 
 @pytest.mark.parametrize(

@@ -143,12 +143,18 @@ def test_diffusers_draws_the_merge_as_both(tiny, make_lora, spell, save, fused, 
             pipeline.load_lora_weights(state, adapter_name=name)
     pipeline.set_adapters(["a", "b"], [0.5, -0.25])
     pipeline.fuse_lora(adapter_names=["a", "b"])
-    refs = [AdapterRef(save(first, "a"), 0.5), AdapterRef(save(second, "b"), -0.25)]
-    report = merged(refs, tmp_path / "both.safetensors")
-    other = tiny.pipeline()
-    other.load_lora_weights(report.output)
-    other.fuse_lora()
-    assert limit.holds(worst(fused(other), fused(pipeline)))
+    paths, expected = (save(first, "a"), save(second, "b")), fused(pipeline)
+
+    def drawn(strengths):
+        refs = [AdapterRef(path, strength) for path, strength in zip(paths, strengths, strict=True)]
+        report = merged(refs, tmp_path / "both.safetensors", overwrite=True)
+        other = tiny.pipeline()
+        other.load_lora_weights(report.output)
+        other.fuse_lora()
+        return fused(other)
+
+    assert limit.holds(worst(drawn((0.5, -0.25)), expected))
+    assert not limit.holds(worst(drawn((0.505, -0.25)), expected)), "another strength is not seen"
 
 
 def _nothing():
@@ -173,6 +179,13 @@ def test_a_rank_cuts_to_the_largest_singular_values(tmp_path):
         assert report.energies[f"unet.{name}"] == pytest.approx(best, rel=1e-5)
         rest = 1 - relative_l2(actual[name], value) ** 2
         assert rest == pytest.approx(best, rel=1e-5)
+    found = safetensors.numpy.load_file(report.output)
+    wrong = {k: v[:, ::-1].copy() if "lora_up" in k else v for k, v in found.items()}
+    safetensors.numpy.save_file(wrong, tmp_path / "wrong.safetensors")
+    planted = changes(AdapterRef(tmp_path / "wrong.safetensors"))
+    for name, value in expected.items():  # the values in another order
+        rest = 1 - relative_l2(planted[name], value) ** 2
+        assert rest < report.energies[f"unet.{name}"] - 0.05
 
 
 @pytest.mark.parametrize("case", ["LoHa", "LoHa conv", "LoHa Tucker", "LoKr", "LoKr conv factored", "CP",
@@ -249,6 +262,8 @@ def test_biases_and_norms_are_summed_as_they_are(tmp_path):
     assert found.keys() == values[0].keys()
     for key, value in found.items():
         assert np.allclose(value, 0.5 * values[0][key] - 2 * values[1][key], rtol=1e-6)
+        assert not np.allclose(value, 0.505 * values[0][key] - 2 * values[1][key], rtol=1e-6)
+        assert not np.allclose(value, -2 * values[0][key] + 0.5 * values[1][key], rtol=1e-6)
 
 
 def test_strengths_by_network_and_block(tiny, make_lora, spell, save, baked, worst, limit, tmp_path):

@@ -130,24 +130,26 @@ def test_single_files(files: list[Path], tmp_path: Path, method: str, alpha: flo
 def test_folders(folders: list[Path], tmp_path: Path, method: str, alpha: float, count: int) -> None:
     report = run(folders[:count], tmp_path / "out", Method(method, alpha))
     for name in FILES.values():
-        wanted = expected(method, alpha, *(load(folder / name) for folder in folders[:count]))
-        assert compare(load(report.output / name), wanted) < 1e-6
+        states = [load(folder / name) for folder in folders[:count]]
+        assert compare(load(report.output / name), expected(method, alpha, *states)) < 1e-6
+        other = expected(method, alpha * 1.01, *states)
+        assert compare(load(report.output / name), other) > 1e-4, "another alpha is not seen"
     assert report.merged.keys() == FILES.keys()
     assert report.copied == {}
 
 
 def test_diffusers_opens_the_folder(folders: list[Path], tmp_path: Path) -> None:
-    import torch
     from diffusers import StableDiffusionPipeline
 
     report = run(folders[:2], tmp_path / "out", Method("weighted-sum", 0.5))
     opened = StableDiffusionPipeline.from_pretrained(report.output, local_files_only=True)
     for network in FILES:
-        one, two = (load(folder / FILES[network]) for folder in folders[:2])
-        state = getattr(opened, network).state_dict()
-        assert state.keys() >= one.keys()
-        for key in one:
-            assert torch.allclose(state[key], torch.from_numpy(0.5 * one[key] + 0.5 * two[key]), atol=1e-6)
+        states = [load(folder / FILES[network]) for folder in folders[:2]]
+        found = getattr(opened, network).state_dict()
+        assert found.keys() >= states[0].keys()
+        actual = {key: found[key].numpy() for key in states[0]}
+        assert compare(actual, expected("weighted-sum", 0.5, *states)) < 1e-6
+        assert compare(actual, expected("weighted-sum", 0.505, *states)) > 1e-4, "another alpha is not seen"
 
 
 def test_diffusers_opens_the_file(folders: list[Path], files: list[Path], tmp_path: Path) -> None:
@@ -165,6 +167,7 @@ def test_diffusers_opens_the_file(folders: list[Path], files: list[Path], tmp_pa
         converted = {k: v.numpy() for k, v in convert(dict(state), config).items()}
         one, two = (load(folder / FILES[network]) for folder in folders[:2])
         assert compare(converted, expected("weighted-sum", 0.25, one, two)) < 1e-6
+        assert compare(converted, expected("weighted-sum", 0.25, two, one)) > 1e-2, "swapped models"
 
 
 def test_block_weights_by_tensor(folders: list[Path], tmp_path: Path) -> None:
@@ -183,6 +186,7 @@ def test_block_weights_by_tensor(folders: list[Path], tmp_path: Path) -> None:
     for key, alpha in found.items():
         if not key.startswith("unet"):
             assert alpha == pytest.approx(0.9, abs=1e-5), key
+    assert found["unet.conv_in.weight"] != pytest.approx(1 / 25, abs=1e-5), "the next block is not seen"
     for start, block in (("time_embedding.linear_1", 0), ("conv_in", 0), ("down_blocks.0.resnets.1", 2),
                          ("down_blocks.2.downsamplers.0.conv", 9), ("mid_block.attentions.0", 12),
                          ("up_blocks.0.upsamplers.0.conv", 15), ("up_blocks.3.resnets.2", 24), ("conv_out",
