@@ -98,12 +98,21 @@ def _number(text: str, typed: str) -> float:
         raise UsageError(
             f"block strength {text!r}: random and inherited values would not be the same twice; give a number"
         )
+    return finite_number(text, "block strength", typed)
+
+
+def finite_number(text: str, what: str, typed: str) -> float:
+    """One number of a list; ``what`` it is and the list as ``typed`` are for the message.
+
+    Raises:
+        UsageError: it is none, or not finite.
+    """
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(f"block strength {text[:40]!r} of {typed[:80]!r} is not a finite number")
+        raise UsageError(f"{what} {text[:40]!r} of {typed[:80]!r} is not a finite number")
     return value
 
 

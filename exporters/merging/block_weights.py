@@ -7,12 +7,11 @@ bbc-mc/sdweb-merge-block-weighted-gui.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...errors import UsageError
-from ..adapters.block_strengths import BLOCKS, unet_blocks
+from ..adapters.block_strengths import BLOCKS, finite_number, unet_blocks
 
 UNET_BLOCKS = BLOCKS[1:]
 _FIRST, _LAST = UNET_BLOCKS[0], UNET_BLOCKS[-1]
@@ -32,7 +31,7 @@ class BlockWeights:
         Raises:
             UsageError: another number of them, or one that is no finite number.
         """
-        values = [_number(value, text) for value in text.split(",")]
+        values = [finite_number(value, "block weight", text) for value in text.split(",")]
         if len(values) not in (len(UNET_BLOCKS), len(BLOCKS)):
             raise UsageError(
                 f"{len(values)} block weights; expected {len(UNET_BLOCKS)} (IN00 to IN11, M00, OUT00 to "
@@ -54,13 +53,3 @@ class BlockWeights:
             name: _FIRST if name.startswith(("time_embedding", "conv_in")) else _LAST for name in names
         }
         return {name: self.blocks[found.get(name, outside[name])] for name in names}
-
-
-def _number(value: str, text: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"block weight {value[:40]!r} of {text[:80]!r} is not a finite number")
-    return number

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.numpy import save_file
 
-from kiln.cli import main
 from kiln.errors import UsageError
 from kiln.exporters.embeddings.base import EmbeddingRef
 from kiln.exporters.embeddings.folder import embeddings_named
@@ -105,14 +104,10 @@ def test_a_plain_picture_is_the_preview_of_another_file(folder: Path) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder, with a cache outside it."""
+def run(run_command: Run) -> Run:
     if "emoji" not in bundled_models():
         pytest.skip("the bundled model is not in this checkout")
-    (tmp_path / "here").mkdir()
-    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path / "here")
-    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+    return run_command
 
 
 def test_generate_uses_what_the_prompts_name(run: Run, folder: Path) -> None:
