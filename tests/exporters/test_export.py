@@ -214,3 +214,14 @@ def test_progress_counts_every_byte(tiny_sd1: Path, tiny_bundle: Path, tmp_path:
     for counts in seen.values():
         assert [done for done, _ in counts] == sorted({done for done, _ in counts})
         assert counts[-1][0] == counts[-1][1]
+
+
+def test_a_bundle_keeps_its_guidance_when_it_is_exported_again(
+    tiny_sd1: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    export(ExportSpec(tiny_sd1, tmp_path / "first", cfg_scale=3.5))
+    export(ExportSpec(tmp_path / "first", tmp_path / "again"))
+    export(ExportSpec(tmp_path / "first", tmp_path / "other", cfg_scale=5.0))
+    export(ExportSpec(tiny_sd1, tmp_path / "none"))
+    found = {name: open_bundle(tmp_path / name).manifest["defaults"] for name in ("again", "other", "none")}
+    assert found == {"again": {"cfg_scale": 3.5}, "other": {"cfg_scale": 5.0}, "none": {}}
