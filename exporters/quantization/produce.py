@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from .calibrate import Fit, Watched, measure_fit, watch
 from .engines import open_graph
 from .gate import GATE_WORK, check_parity, measure_parity
 from .plan import FULL, Int8Plan, activations, weight_sites
-from .qdq import Operand
+from .qdq import Operand, Site
 from .sensitivity import (
     SWITCHES,
     coarse_group,
@@ -29,7 +29,7 @@ from .sensitivity import (
     switched_graph,
 )
 from .store import Calibration, check_calibration, kept_path, read_calibration, save_calibration
-from .trajectories import CALIBRATION_PROMPTS, Work, diagonal
+from .trajectories import CALIBRATION_PROMPTS, FEW, Work, diagonal
 
 if TYPE_CHECKING:
     import onnx
@@ -112,8 +112,9 @@ class Int8Work:
         if not chosen["unet"]:
             raise UsageError("the UNet is too small for int8; export it as fp16")
         able = activations(self.model.graphs["unet"], chosen["unet"])
-        large = sum(int(np.prod(site.shape)) for site in chosen["unet"]) > _LARGE
-        return Int8Plan(self.precision, chosen, able, self._calibration(able, large=large))
+        return Int8Plan(
+            self.precision, chosen, able, self._calibration(able, large=_is_large(chosen["unet"]))
+        )
 
     def judge(self, folder: Path) -> dict[str, Any]:
         """Measure the bundle in ``folder``; what goes into its manifest.
@@ -127,7 +128,8 @@ class Int8Work:
         if self.plan.calibration is not None and self.model.adapted and not self._measured_here:
             facts["fit"] = self._check_fit()
         reference = self._float(adapted=self.model.adapted)
-        work = Work(GATE_WORK.prompts, GATE_WORK.steps, self.options.size)
+        prompts = GATE_WORK.prompts[: FEW if _is_large(self.plan.chosen["unet"]) else None]
+        work = Work(prompts, GATE_WORK.steps, self.options.size)
         found = measure_parity(reference, open_bundle(folder), work)
         log.info("%s against fp32: %s", self.precision, found)
         facts["parity"] = found.facts()
@@ -243,6 +245,10 @@ class Int8Work:
         if not folder.exists():
             self.model.write_float(folder, adapted=adapted)
         return open_bundle(folder)
+
+
+def _is_large(chosen: Sequence[Site]) -> bool:
+    return sum(int(np.prod(site.shape)) for site in chosen) > _LARGE
 
 
 @contextlib.contextmanager

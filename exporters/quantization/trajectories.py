@@ -21,8 +21,18 @@ CALIBRATION_PROMPTS = (
     "cat face",
     "a castle on a hill at dawn, mist, wide angle photograph",
 )
-# Others than those the ranges come from.
-GATE_PROMPTS = ("blue car", "a bowl of fruit on a wooden table, still life, soft window light", "dog")
+# Others than those the ranges come from. A large network, of which a step takes seconds, draws the first few.
+GATE_PROMPTS = (
+    "blue car",
+    "a bowl of fruit on a wooden table, still life, soft window light",
+    "dog",
+    "pizza",
+    "a lighthouse in a storm, oil painting",
+    "tiger face",
+    "birthday cake",
+    "portrait of a young woman, pencil sketch",
+)
+FEW = 3
 SEED = 1000
 
 Compute = Callable[[Arrays], Mapping[str, np.ndarray]]
