@@ -221,25 +221,37 @@ def open_in_optimum(folder: Path, name: str) -> Any:
     return getattr(runtime, name).from_pretrained(folder)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", ["ORTDiffusionPipeline", "ORTStableDiffusionPipeline"])
-def test_optimum_opens_a_bundle_and_draws_what_diffusers_does(
-    tiny_bundle: Path, tiny_sd1: Path, name: str
-) -> None:
+def check_pictures(pipeline: Any, latents: np.ndarray, expected: np.ndarray) -> None:
+    """The pipeline draws what is expected; not from other latents, and not in another number of steps."""
     torch = pytest.importorskip("torch")
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = open_in_optimum(tiny_bundle, name)
-    assert type(pipeline).__name__ == "ORTStableDiffusionPipeline"
-    reference = StableDiffusionPipeline.from_pretrained(tiny_sd1)
-    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
-    expected = draw(reference, latents, torch)
     actual = draw(pipeline, latents, torch)
-    assert actual.shape == expected.shape == (128, 128, 3)
+    assert actual.shape == expected.shape
     assert expected.std() > 10
     assert IMAGE.holds(psnr_db(actual, expected))
     assert not IMAGE.holds(psnr_db(draw(pipeline, np.roll(latents, 1, axis=3), torch), expected))
     assert not IMAGE.holds(psnr_db(draw(pipeline, latents, torch, steps=5), expected))
+
+
+@pytest.fixture(scope="module")
+def drawn_by_diffusers(tiny_sd1: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Latents, and the picture that diffusers' own pipeline draws from them."""
+    torch = pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    return latents, draw(StableDiffusionPipeline.from_pretrained(tiny_sd1), latents, torch)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["ORTDiffusionPipeline", "ORTStableDiffusionPipeline"])
+def test_optimum_opens_a_bundle_and_draws_what_diffusers_does(
+    tiny_bundle: Path, drawn_by_diffusers: tuple[np.ndarray, np.ndarray], name: str
+) -> None:
+    latents, expected = drawn_by_diffusers
+    pipeline = open_in_optimum(tiny_bundle, name)
+    assert type(pipeline).__name__ == "ORTStableDiffusionPipeline"
+    assert expected.shape == (128, 128, 3)
+    check_pictures(pipeline, latents, expected)
 
 
 def diffusers_pipeline(folder: Path) -> Any:
@@ -284,10 +296,4 @@ def test_optimum_opens_the_bundled_model(model: str) -> None:
     reference = diffusers_pipeline(folder)
     size = int(open_bundle(folder).config("unet")["sample_size"])
     latents = np.random.default_rng(0).standard_normal((1, 4, size, size)).astype(np.float32)
-    expected = draw(reference, latents, torch)
-    actual = draw(pipeline, latents, torch)
-    assert actual.shape == expected.shape
-    assert expected.std() > 10
-    assert IMAGE.holds(psnr_db(actual, expected))
-    assert not IMAGE.holds(psnr_db(draw(pipeline, np.roll(latents, 1, axis=3), torch), expected))
-    assert not IMAGE.holds(psnr_db(draw(pipeline, latents, torch, steps=5), expected))
+    check_pictures(pipeline, latents, draw(reference, latents, torch))
