@@ -105,12 +105,12 @@ def _read(path: Path, *, only_text: bool = False) -> tuple[str | None, np.ndarra
 
 def _bytes_beside(colours: np.ndarray) -> bytes | None:
     """The bytes in the two blocks at the sides of a picture; None where there are no two such blocks."""
-    lit = (colours > 0).all(2)
+    lit = colours.min(2) > 0
     rows, columns = np.flatnonzero(lit.any(1)), np.flatnonzero(lit.any(0))
     if not len(rows):
         return None
     halves = colours[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & _HALF
-    black = np.flatnonzero(~halves.any((0, 2)))
+    black = np.flatnonzero(halves.max((0, 2)) == 0)
     if len(black) < 2:
         return None
     lower, upper = halves[:, : black[0]], halves[:, black[-1] + 1 :]
