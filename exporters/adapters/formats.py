@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .base import AdapterFormat, ModuleTensors, WeightUpdate
 from .dora import DORA
@@ -28,7 +29,12 @@ FORMATS: tuple[AdapterFormat, ...] = (*UNSUPPORTED, DORA, *FAMILIES, *BESIDE)
 SUFFIXES: Mapping[str, str] = {
     suffix: name for form in reversed(FORMATS) for suffix, name in form.suffixes.items()
 }
-_LENGTHS = sorted({len(suffix) for suffix in SUFFIXES}, reverse=True)
+_END = min(map(len, SUFFIXES))
+# How long the suffixes with these last letters are, the longest first.
+_LENGTHS = {
+    suffix[-_END:]: sorted({len(other) for other in SUFFIXES if other.endswith(suffix[-_END:])}, reverse=True)
+    for suffix in SUFFIXES
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class SplitKey:
 
 def split_key(key: str) -> SplitKey | None:
     """Split at the longest known suffix; None when the key ends in none of them."""
-    for length in _LENGTHS:
+    for length in _LENGTHS.get(key[-_END:], ()):
         parameter = SUFFIXES.get(key[-length:]) if len(key) > length else None
         if parameter is not None:
             return SplitKey(key[:-length], key[-length:], parameter)
@@ -51,7 +57,11 @@ def split_key(key: str) -> SplitKey | None:
 
 def formats_of(parameters: Iterable[str]) -> tuple[AdapterFormat, ...]:
     """The formats of a module with these parameters; none when they belong to no format."""
-    present = frozenset(parameters)
+    return _formats_of(frozenset(parameters))
+
+
+@lru_cache(1024)  # a file has thousands of modules, of few kinds
+def _formats_of(present: frozenset[str]) -> tuple[AdapterFormat, ...]:
     for form in UNSUPPORTED:
         if form.owns(present):
             return (form,)
