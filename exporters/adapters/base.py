@@ -19,6 +19,7 @@ import numpy as np
 from ...errors import AdapterError, UsageError
 from ..tensors import TensorSource
 from .block_strengths import PRESETS, BlockStrengths
+from .halves import widen
 from .spelling import EXPECTED, split_file
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -119,7 +120,7 @@ class ModuleTensors:
                 f"tensor {key!r} is of type {self.source.infos[key].dtype}; expected floating point"
             )
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity and is refused below
-            value = self.source.read(key).astype(np.float32)
+            value = widen(self.source.read(key))
         if not np.isfinite(value).all():
             raise self.error(
                 f"tensor {key!r} holds NaN or infinity; the file is damaged or its training diverged"
@@ -159,12 +160,22 @@ class ModuleTensors:
         return AdapterError(f"{self.source.path}: module {self.stem!r}: {text}")
 
 
-Rows = Callable[[int, int, np.ndarray, np.ndarray], None]
-"""``rows(start, stop, running, out)`` fills ``out`` with the change of the rows ``start`` to ``stop``.
+@dataclass(frozen=True)
+class Rows:
+    """How the change of a weight is had by rows, its other axes flattened into columns.
 
-Both arrays are float32 of shape ``(stop - start, columns)``. ``running`` holds the same rows of the weight
-with the updates before this one already in it; what only adds does not look at it. Nobody writes into it.
-"""
+    ``fill(start, stop, running, out)`` fills ``out`` with the change of the rows ``start`` to ``stop``. Both
+    arrays are float32 of shape ``(stop - start, columns)``. ``running`` holds the same rows of the weight
+    with the updates before this one already in it; what only adds does not look at it. Nobody writes into it.
+
+    ``together`` is of how many rows there must be all or none: ``start`` is a multiple of it, and so is
+    ``stop`` unless it is the end. ``look(start, stop, running)``, where there is one, is shown all rows of
+    the running weight before the first is filled.
+    """
+
+    fill: Callable[[int, int, np.ndarray, np.ndarray], None]
+    together: int = 1
+    look: Callable[[int, int, np.ndarray], None] | None = None
 
 
 class WeightUpdate(Protocol):
@@ -187,11 +198,8 @@ class WeightUpdate(Protocol):
         """
         ...
 
-    def rows(self, shape: tuple[int, ...], strength: float) -> Rows | None:
-        """The same change of a weight of ``shape`` by rows, its other axes flattened into columns.
-
-        None where it cannot be had without the whole weight; then ``delta`` is asked.
-        """
+    def rows(self, shape: tuple[int, ...], strength: float) -> Rows:
+        """The same change of a weight of ``shape`` by rows; reads the tensors of the module."""
         ...
 
 

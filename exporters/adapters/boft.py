@@ -14,9 +14,12 @@ import numpy as np
 
 from .base import ModuleTensors, Rows, WeightUpdate
 from .halves import BLOCK
-from .rotations import cayley
+from .rotations import cayley, turned_rows
+from .updates import by_rows
 
 MAX_STAGES = 16
+# Up to so many rows, one product with a matrix is faster than stage after stage.
+_JOINED = 256
 
 
 @dataclass(frozen=True)
@@ -39,37 +42,45 @@ class ButterflyUpdate:
 
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
         """The change of the running weight."""
+        return by_rows(self, weight, strength)
+
+    def rows(self, shape: tuple[int, ...], strength: float) -> Rows:
+        """Rows of as many as meet in the stages."""
         blocks = self.module.read(self.name)
         alpha = self.module.scalar("alpha") if "alpha" in self.module.keys else 0.0
-        turns = cayley(blocks, alpha * len(weight) if alpha > 0 else None)
-        turns *= np.float32(strength)
-        running = weight.reshape(len(weight), -1)
-        out = np.empty(running.shape, np.float32)
-        # Columns do not meet, so they are turned a few at a time, which stay in the processor's cache.
-        step = max(128, BLOCK // len(weight))
-        for start in range(0, running.shape[1], step):
-            columns = slice(start, start + step)
-            out[:, columns] = self._turned(np.ascontiguousarray(running[:, columns]), turns, strength)
-        return out.reshape(weight.shape)
-
-    def _turned(self, running: np.ndarray, turns: np.ndarray, strength: float) -> np.ndarray:
-        """The change of some columns."""
-        size, turned = turns.shape[-1], running
-        for stage, turn in enumerate(turns):
-            apart = 2**stage * size // 2
-            gathered = np.ascontiguousarray(_swap(turned, 2, apart)).reshape(-1, size, running.shape[1])
-            gathered = gathered + turn @ gathered  # not in place: it may still be the running weight
-            turned = np.ascontiguousarray(_swap(gathered.reshape(running.shape), apart, 2))
-            turned = turned.reshape(running.shape)
+        turns = cayley(blocks, alpha * shape[0] if alpha > 0 else None) * np.float32(strength)
+        stages, _, size, _ = turns.shape
+        meeting = 2 ** (stages - 1) * size
+        factors = np.ones((shape[0], 1), np.float32)
         if "rescale" in self.module.keys:
             # At strength 1 LyCORIS's; it leaves the factors at full strength for every other.
-            factors = self.module.read("rescale").reshape(-1, 1) - np.float32(1)
-            turned = turned * (1 + np.float32(strength) * factors)
-        return turned - running
+            factors += np.float32(strength) * (self.module.read("rescale").reshape(-1, 1) - 1)
+        if meeting <= _JOINED:
+            # All stages of the identity are one matrix for each block of rows that meet.
+            identity = np.tile(np.eye(meeting), (shape[0] // meeting, 1))
+            joined = _turned(identity, turns, factors) - identity
+            return turned_rows(joined.astype(np.float32).reshape(-1, meeting, meeting))
 
-    def rows(self, shape: tuple[int, ...], strength: float) -> Rows | None:
-        """None: a row of the change needs rows from everywhere."""
-        return None
+        def fill(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
+            some, own = turns[:, start // size : stop // size], factors[start:stop]
+            # Columns do not meet, so they are turned a few at a time, which stay in the processor's cache.
+            step = max(128, BLOCK // len(running))
+            for first in range(0, running.shape[1], step):
+                columns = np.ascontiguousarray(running[:, first : first + step])
+                np.subtract(_turned(columns, some, own), columns, out=out[:, first : first + step])
+
+        return Rows(fill, meeting)
+
+
+def _turned(rows: np.ndarray, turns: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Rows after all stages, times their factors."""
+    size, turned = turns.shape[-1], rows
+    for stage, turn in enumerate(turns):
+        apart = 2**stage * size // 2
+        gathered = np.ascontiguousarray(_swap(turned, 2, apart)).reshape(-1, size, rows.shape[1])
+        gathered = gathered + turn @ gathered  # not in place: it may still be what was given
+        turned = np.ascontiguousarray(_swap(gathered.reshape(rows.shape), apart, 2)).reshape(rows.shape)
+    return turned * factors
 
 
 def _swap(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:

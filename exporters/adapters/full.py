@@ -39,7 +39,7 @@ class SetUpdate:
             np.subtract(value[start:stop], running, out=out)
             np.multiply(out, factor, out=out)
 
-        return fill
+        return Rows(fill)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .base import ModuleTensors, Rows, WeightUpdate
+from .blocks import Spare
 from .updates import by_rows, check_rank, matrix, require, scale_of, trimmed
 
 _FACTORS = ("a1", "a2", "b1", "b2")
@@ -47,15 +48,21 @@ class SelfUpdate:
         other = matrix(other)
         factor = np.float32(scale_of(self.module, left.shape[1]) * strength)
         kernel = math.prod(shape[2:])
+        both, spare = np.concatenate([other, right]) if kernel == 1 else right, Spare()
 
-        def fill(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
-            np.matmul(own[start:stop], other, out=out)
-            weight = running.reshape(stop - start, shape[1], kernel).transpose(0, 2, 1)
-            product = (weight @ left) @ right  # (rows, kernel, I)
-            out += product.transpose(0, 2, 1).reshape(out.shape)
+        def linear(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
+            np.matmul(np.concatenate([own[start:stop], running @ left], axis=1), both, out=out)
             np.multiply(out, factor, out=out)
 
-        return fill
+        def convolution(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
+            np.matmul(own[start:stop], other, out=out)
+            # Each row is a matrix of inputs by kernel, which is turned from its left: nothing is transposed.
+            weight = running.reshape(stop - start, shape[1], kernel)
+            product = np.matmul(right.T, left.T @ weight, out=spare.like(weight.shape))
+            np.add(out, product.reshape(out.shape), out=out)
+            np.multiply(out, factor, out=out)
+
+        return Rows(linear if kernel == 1 else convolution)
 
     def _layouts(self, shape: tuple[int, ...]) -> list[tuple[str, str, str, str]]:
         """The orders of the names in which the factors fit: A's left and right, B's left and right."""

@@ -44,7 +44,7 @@ class FactorUpdate:
         def fill(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
             np.multiply(running, columns if along_inputs else columns[start:stop, None], out=out)
 
-        return fill
+        return Rows(fill)
 
     def _axis(self, shape: tuple[int, ...]) -> int | None:
         """The axis of the factors: the one that the file says, unless only the other has their number.

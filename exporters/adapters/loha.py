@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .base import ModuleTensors, WeightUpdate
+from .blocks import Spare
 from .updates import AddUpdate, Fill, check_rank, matrix, require, scale_of
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -30,10 +31,12 @@ class Hadamard:
         """Rows of both halves, multiplied."""
         left1, right1 = self._half(1)
         left2, right2 = self._half(2)
+        spare = Spare()
 
         def fill(start: int, stop: int, out: np.ndarray) -> None:
             np.matmul(left1[start:stop], right1, out=out)
-            np.multiply(out, left2[start:stop] @ right2, out=out)
+            other = np.matmul(left2[start:stop], right2, out=spare.like(out.shape))
+            np.multiply(out, other, out=out)
 
         return fill
 

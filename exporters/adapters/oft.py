@@ -16,7 +16,8 @@ import numpy as np
 
 from .base import ModuleTensors, Rows, WeightUpdate
 from .boft import BOFT
-from .rotations import MAX_BLOCK, cayley
+from .rotations import MAX_BLOCK, cayley, rescaled, turned_rows
+from .updates import by_rows
 
 TOLERANCE = 0.2
 """Twice what eight-bit floating point makes of rotations, and far less than the way to what is none."""
@@ -45,23 +46,15 @@ class RotateUpdate:
         )
 
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """The change of the running weight, one block of rows at a time."""
-        turns = self._turns(len(weight))
-        out = np.empty(weight.shape, np.float32)
-        running = weight.reshape(*turns.shape[:2], -1)
-        change = out.reshape(running.shape)
-        for turn, block, target in zip(turns, running, change, strict=True):
-            np.matmul(turn.T, block, out=target)
-        if "rescale" in self.module.keys:
-            factors = self.module.read("rescale").reshape(*turns.shape[:2], 1)
-            change *= factors
-            change += (factors - 1) * running
-        out *= np.float32(strength)
-        return out
+        """The change of the running weight."""
+        return by_rows(self, weight, strength)
 
-    def rows(self, shape: tuple[int, ...], strength: float) -> Rows | None:
-        """None: a row of the change needs all rows of its block."""
-        return None
+    def rows(self, shape: tuple[int, ...], strength: float) -> Rows:
+        """Rows of whole blocks, turned."""
+        turns = self._turns(shape[0]).swapaxes(1, 2)
+        if "rescale" in self.module.keys:
+            turns = rescaled(turns, self.module.read("rescale"))
+        return turned_rows(turns * np.float32(strength))
 
     def _turns(self, outputs: int) -> np.ndarray:
         """R - I of every block."""

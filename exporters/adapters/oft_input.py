@@ -53,7 +53,7 @@ class InputRotateUpdate:
             blocks = running.reshape(stop - start, -1, self.size).swapaxes(0, 1)
             out.reshape(stop - start, -1, self.size)[:] = (blocks @ turns).swapaxes(0, 1)
 
-        return fill
+        return Rows(fill)
 
     def _divisor(self) -> float:
         if "scaled" not in self.module.keys:

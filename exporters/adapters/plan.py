@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,7 @@ import numpy as np
 from ...errors import AdapterError
 from .base import AdapterRef, WeightUpdate
 from .block_strengths import BASE, unet_blocks
-from .blocks import Change, Size, Workspace, add_whole, bake_blocks, squared, store
-from .halves import widen
+from .blocks import Change, Size, Workspace, bake_blocks
 from .keys import TEXT, TEXT_2, UNET, ModuleIndex
 from .match import Matched, Target, match_adapter
 from .open import Adapter, open_adapter
@@ -39,11 +37,11 @@ class _Step:
     target: Target
     size: Size = field(default_factory=Size)
 
-    def change(self, shape: tuple[int, ...]) -> Change | None:
-        """The change by rows; None where the whole weight is needed."""
+    def change(self, shape: tuple[int, ...]) -> Change:
+        """The change by rows."""
         with np.errstate(over="ignore", invalid="ignore"):  # of values that are checked when they are added
             rows = self.update.rows(shape, self.strength)
-        return None if rows is None else Change(rows, self.overflow, self.size)
+        return Change(rows, self.overflow, self.size)
 
     def overflow(self) -> AdapterError:
         """The error to raise when the change is not finite."""
@@ -100,6 +98,8 @@ class BakePlan:
     def bake_into(self, network: str, name: str, tensor: np.ndarray, out: np.ndarray) -> float:
         """Write a tensor that adapters touch, with all of them added, in the type of ``out``.
 
+        Several threads may do so at once, each with another tensor.
+
         Args:
             network: ``unet`` or ``text_encoder``.
             name: the tensor's name in diffusers' (transformers') names.
@@ -112,24 +112,8 @@ class BakePlan:
         Raises:
             AdapterError: an update overflows float32, or its tensors hold NaN or infinity.
         """
-        steps = self._steps[network, name]
-        changes = [step.change(tensor.shape) for step in steps]
-        streamed = [change for change in changes if change is not None]
-        if len(streamed) == len(steps) and tensor.size:
-            return bake_blocks(tensor, streamed, out, self._work)
-        # Some need the whole weight: it is widened once, and what is had by rows between them goes together.
-        weight = widen(tensor)
-        base = squared(weight)
-        for streams, run in groupby(zip(steps, changes, strict=True), lambda pair: pair[1] is not None):
-            together = list(run)
-            if streams and weight.size:
-                bake_blocks(weight, [change for _, change in together if change], weight, self._work)
-            else:
-                for step, _ in together:
-                    _add_whole(weight, step)
-            for step, _ in together:
-                step.size.weight = base
-        return store(weight, out, self._work)
+        changes = [step.change(tensor.shape) for step in self._steps[network, name]]
+        return bake_blocks(tensor, changes, out, self._work)
 
     def close(self) -> None:
         """Close the adapter files; closing twice is allowed."""
@@ -140,13 +124,6 @@ class BakePlan:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _add_whole(weight: np.ndarray, step: _Step) -> None:
-    """Add one change that needs the whole weight."""
-    with np.errstate(over="ignore", invalid="ignore"):  # checked by value
-        delta = step.update.delta(weight, step.strength)
-    add_whole(weight, delta, step.overflow, step.size)
 
 
 def plan_bake(

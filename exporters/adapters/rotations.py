@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from .base import Rows
+
 MAX_BLOCK = 5120
 """Half of the widest layer of SD1 and SDXL, which kohya's OFT cuts into two blocks at least."""
 
@@ -56,6 +58,28 @@ def _solved(matrices: np.ndarray, values: np.ndarray) -> np.ndarray:
         return np.linalg.solve(matrices, values)
     except np.linalg.LinAlgError:
         return np.full(values.shape, np.nan)
+
+
+def rescaled(turns: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """``F R - I`` from ``R - I``, (k, b, b), and a factor for each row that is turned."""
+    each = factors.reshape(*turns.shape[:2], 1)
+    return each * turns + (each - 1) * np.eye(turns.shape[-1], dtype=np.float32)
+
+
+def turned_rows(changes: np.ndarray) -> Rows:
+    """The change of a weight whose rows are turned block by block.
+
+    Args:
+        changes: what the rows of each block are multiplied with from the left, (k, b, b), float32.
+    """
+    size = changes.shape[-1]
+
+    def fill(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
+        blocks = (-1, size, running.shape[1])
+        some = changes[start // size : stop // size]
+        np.matmul(some, running.reshape(blocks), out=out.reshape(blocks))
+
+    return Rows(fill, size)
 
 
 def neumann(vectors: np.ndarray, size: int, terms: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from .base import ModuleTensors, Rows, WeightUpdate
-from .blocks import row_blocks
+from .blocks import Spare, row_blocks
 
 MAX_RANK = 1024
 
@@ -99,14 +99,16 @@ def matrix(value: np.ndarray) -> np.ndarray:
 
 
 def by_rows(update: WeightUpdate, weight: np.ndarray, strength: float) -> np.ndarray:
-    """The ``delta`` of an update that can be had by rows."""
+    """The ``delta`` of an update: all of its rows."""
     out = np.empty(weight.shape, np.float32)
     rows = update.rows(weight.shape, strength)
-    assert rows is not None
     if out.size:
         running, change = matrix(weight), out.reshape(len(out), -1)
-        for start, stop in row_blocks(*change.shape):
-            rows(start, stop, running[start:stop], change[start:stop])
+        if rows.look is not None:
+            for start, stop in row_blocks(*change.shape):
+                rows.look(start, stop, running[start:stop])
+        for start, stop in row_blocks(*change.shape, rows.together):
+            rows.fill(start, stop, running[start:stop], change[start:stop])
     return out
 
 
@@ -135,7 +137,7 @@ class AddUpdate:
             fill(start, stop, out)
             np.multiply(out, factor, out=out)
 
-        return scaled
+        return Rows(scaled)
 
 
 def fill_for(change: Addend, shape: tuple[int, ...]) -> Fill:
@@ -156,13 +158,14 @@ def fill_for(change: Addend, shape: tuple[int, ...]) -> Fill:
 def summed(changes: Sequence[Addend], shape: tuple[int, ...]) -> Fill:
     """Rows of all changes of a weight of ``shape``, each times its scale."""
     parts = [(fill_for(change, shape), np.float32(change.scale)) for change in changes]
+    spare = Spare()
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         first, scale = parts[0]
         first(start, stop, out)
         out *= scale
         for more, scale in parts[1:]:
-            part = np.empty_like(out)
+            part = spare.like(out.shape)
             more(start, stop, part)
             part *= scale
             out += part
@@ -193,7 +196,7 @@ class SumUpdate:
             fill(start, stop, out)
             out *= factor
 
-        return scaled
+        return Rows(scaled)
 
 
 def joined(updates: Sequence[WeightUpdate]) -> tuple[WeightUpdate, ...]:
@@ -257,10 +260,28 @@ class PartUpdate:
 
     def delta(self, weight: np.ndarray, strength: float) -> np.ndarray:
         """The change of its rows, and zeros."""
-        out = np.zeros(weight.shape, np.float32)
-        out[self.start : self.stop] = self.inner.delta(weight[self.start : self.stop], strength)
-        return out
+        return by_rows(self, weight, strength)
 
-    def rows(self, shape: tuple[int, ...], strength: float) -> Rows | None:
-        """None: the tensor is worked on as a whole."""
-        return None
+    def rows(self, shape: tuple[int, ...], strength: float) -> Rows:
+        """Rows of zeros, and of the change where it has some."""
+        inner = self.inner.rows((self.stop - self.start, *shape[1:]), strength)
+
+        def own(start: int, stop: int) -> tuple[int, int]:
+            return max(start, self.start), min(stop, self.stop)
+
+        def look(start: int, stop: int, running: np.ndarray) -> None:
+            low, high = own(start, stop)
+            if low < high and inner.look is not None:
+                inner.look(low - self.start, high - self.start, running[low - start : high - start])
+
+        def fill(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
+            low, high = own(start, stop)
+            out[: max(0, low - start)] = 0.0
+            out[max(0, high - start) :] = 0.0
+            if low < high:
+                part = slice(low - start, high - start)
+                inner.fill(low - self.start, high - self.start, running[part], out[part])
+
+        # Where the part begins amid rows that go together, only all rows hold all of those.
+        together = inner.together if self.start % inner.together == 0 else shape[0]
+        return Rows(fill, together, None if inner.look is None else look)
