@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from .adapters.base import AdapterRef
 from .adapters.plan import AdapterReport, BakePlan, plan_bake
 from .adapters.report import without
+from .ahead import in_order
 from .binding import bind, check_tensors, weight_names
 from .buffers import Buffers
 from .checkpoints import Checkpoint
@@ -37,6 +38,9 @@ from .quantization.plan import Int8Plan
 from .quantization.store import BUNDLE_FILE
 from .tensors import DTYPES, TensorInfo
 from .weights import largest_if_narrowed, overflow, place, stored_dtype, write_weights
+
+# Tensors that may be read and baked before their turn: enough that large and small ones even out.
+_WAITING_BYTES = 64 << 20
 
 Progress = Callable[[str, int, int], None]
 """Called with a component, bytes of it written, and its bytes in all."""
@@ -167,30 +171,44 @@ class BundleWriter:
     def _stream(
         self, component: str, names: list[str], infos: Mapping[str, TensorInfo], types: Mapping[str, str]
     ) -> Iterator[np.ndarray]:
-        network = CONTRACTS[component].network
-        total, done = sum(infos[n].nbytes for n in names if n in infos), 0
+        """The tensors of a component in their order, baked on several threads, quantized on this one."""
+        stored = [name for name in names if name in infos]
+        total, done = sum(infos[n].nbytes for n in stored), 0
+        jobs = ((infos[n].nbytes, self._job(component, n, types[n])) for n in stored)
+        baked = in_order(jobs, _WAITING_BYTES)
         for name in names:
             if name not in infos and self.int8 is not None:
                 yield self.int8.take_scale(name)
                 continue
-            tensor = self.checkpoint.read(network, name, self.buffers)
-            quantized = types[name] == "I8" and self.int8 is not None
-            if self.plan.is_touched(network, name):
-                base, tensor = tensor, self._target(tensor, DTYPES["F32" if quantized else types[name]])
-                largest = self.plan.bake_into(network, name, base, tensor)
-                if tensor is not base:
-                    self.buffers.give_back(base)
-            else:
-                largest = largest_if_narrowed(tensor, types[name])
-            misfit = overflow(largest, types[name])
-            if misfit:
-                raise CheckpointError(f"{component} tensor {name} {misfit}")
-            if quantized and self.int8 is not None:
+            tensor = next(baked)
+            if types[name] == "I8" and self.int8 is not None:
                 weight, tensor = tensor, self.int8.quantized(component, name, tensor)
                 self.buffers.give_back(weight)
             yield tensor
             done += infos[name].nbytes
             self.progress(component, done, total)
+
+    def _job(self, component: str, name: str, stored: str) -> Callable[[], np.ndarray]:
+        """Read a tensor now; what is returned adds the adapters, on any thread."""
+        network = CONTRACTS[component].network
+        tensor = self.checkpoint.read(network, name, self.buffers)
+
+        def bake() -> np.ndarray:
+            out = tensor
+            if self.plan.is_touched(network, name):
+                quantized = stored == "I8" and self.int8 is not None
+                out = self._target(tensor, DTYPES["F32" if quantized else stored])
+                largest = self.plan.bake_into(network, name, tensor, out)
+                if out is not tensor:
+                    self.buffers.give_back(tensor)
+            else:
+                largest = largest_if_narrowed(tensor, stored)
+            misfit = overflow(largest, stored)
+            if misfit:
+                raise CheckpointError(f"{component} tensor {name} {misfit}")
+            return out
+
+        return bake
 
     def _target(self, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Where a baked tensor goes: in place of the base where the type stays."""
