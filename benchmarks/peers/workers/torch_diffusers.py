@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import diffusers
@@ -29,6 +30,8 @@ def main() -> None:
     if requested["threads"]:
         torch.set_num_threads(requested["threads"])
     dtype = _dtype(requested["precision"], device)
+    if job.get("cache"):  # else torch.compile keeps what it makes among the system's temporary files
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job["cache"])
     worker = TorchWorker(job, torch.cuda.synchronize if device == "cuda" else lambda: None)
     worker.dtype, worker.device = dtype, device
 

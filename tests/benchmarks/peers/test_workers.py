@@ -49,8 +49,11 @@ class Worker:
 
     def __exit__(self, *_):
         self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
+        try:
+            self.process.wait(300)
+        finally:
+            self.process.kill()
+            self.process.stdout.close()
 
 
 def peer_named(name):
@@ -78,7 +81,7 @@ def write_job(folder, bundle, peer, **changes):
         "model": str(write_folder(open_bundle(bundle), folder / "model")),
         "workload": workload | changes.get("workload", {}),
         "requested": requested | {"options": dict(peer.project.options)} | changes.get("requested", {}),
-        "cache": None,
+        "cache": changes.get("cache"),
         "scratch": str(folder),
         "noise": str(folder / "noise.npy"),
     }
@@ -137,14 +140,18 @@ def test_draws_what_kiln_draws(name: str, tiny_bundle: Path, own, tmp_path: Path
     )
 
 
-def test_diffusers_in_bf16(tiny_bundle: Path, own, tmp_path: Path) -> None:
-    peer = find_peer("diffusers")
-    job = write_job(tmp_path, tiny_bundle, peer, requested={"precision": "bf16"})
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-compile"])
+def test_diffusers_in_bf16(name: str, tiny_bundle: Path, own, tmp_path: Path) -> None:
+    peer = peer_named(name)
+    cache = tmp_path / "cache"
+    job = write_job(tmp_path, tiny_bundle, peer, requested={"precision": "bf16"}, cache=str(cache))
     with Worker(peer, job) as worker:
         loaded = worker.ask("load")
+        assert loaded["kind"] == "done", loaded
         assert {facts["precision"] for facts in loaded["effective"].values()} == {"bf16"}
         drawn = worker.ask("draw", prompt=0, seed=SEED, latents=str(tmp_path / "latents.npy"))
         assert drawn["kind"] == "done", drawn
+    assert cache.exists() == bool(peer.project.options.get("compile"))  # what is compiled lies there
     near = relative_l2(np.load(tmp_path / "latents.npy")[0], own[0][0])  # after one step
     assert near > 0
     assert THRESHOLDS["component_bf16_relative_l2"].holds(near)
