@@ -4,9 +4,9 @@ Everything that matters is asked for explicitly and read back from the compiled 
 attention stays one operator: OpenVINO fuses it into one kernel (a ``Subgraph``) that keeps its scores in the
 second-level cache. Measured for 4,096 tokens of 8 heads of 40 in bf16 on two cores with 1 MB each: 175 ms;
 queries in 4 and in 16 pieces 184 and 198 ms, heads padded to 48 and to 64 184 and 207 ms, keys transposed
-before 176 ms, matrix products and softmax by themselves 216 to 223 ms. Other rewrites that did not pay: keys
-and values of the cross-attentions computed once for each prompt (0.4 % of a step at most), the 22 projections
-of the timestep as one (0.15 % at most), a graph typed bf16 (error 0.020 in place of 0.016).
+before 176 ms, matrix products and softmax by themselves 216 to 223 ms. Other rewrites that did not pay: the
+22 projections of the timestep as one (0.15 % of a step at most), a graph typed bf16 (error 0.020 in place of
+0.016).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .openvino_devices import (
     properties_of,
 )
 from .openvino_engine import ENGINE, NAME, core, version
+from .openvino_prompt import Prompt
 from .openvino_session import OpenVINOSession
 
 # Kiln's own option in ``PrepareOptions.extra``: both halves of the batch have the same latents.
@@ -89,15 +90,17 @@ class OpenVINOBackend:
         share = _flag(source, extra.pop(SHARED_SAMPLE, False))
         properties = properties_of(device, precision, options) | extra
         plan = Plan(source, options, device, properties, bool(share), must_share=share is True)
-        compiled, from_cache = compiled_model(made, plan)
-        in_force = _read_back(compiled, device, from_cache=from_cache)
+        compiled = compiled_model(made, plan)
+        in_force = _read_back(compiled.model, device, from_cache=compiled.from_cache)
         if options.precision not in ("auto", in_force.precision):
             raise SessionError(
                 f"{options.precision} was asked for, but OpenVINO computes in {in_force.precision}"
             )
         with engine_errors(NAME, f"reserving memory for {source.component}"):
-            request = compiled.create_infer_request()
-        return OpenVINOSession(source, in_force, compiled, request, shared_sample=_shares(compiled, options))
+            request = compiled.model.create_infer_request()
+            prompt = None if compiled.prompt is None else Prompt(compiled.prompt, request)
+        shared = _shares(compiled.model, options)
+        return OpenVINOSession(source, in_force, compiled.model, request, prompt=prompt, shared_sample=shared)
 
 
 def _flag(source: GraphSource, value: object) -> bool | str:

@@ -17,6 +17,7 @@ from .openvino_devices import CPU, HINT, kind_of
 from .openvino_engine import NAME, version
 from .openvino_gated import split_gated_linears
 from .openvino_guidance import share_before_prompt
+from .openvino_prompt import cut_prompt
 from .openvino_storage import keep_storage_type
 from .openvino_symmetric import quantize_around_zero
 from .openvino_timestep import cut_timestep
@@ -46,31 +47,69 @@ class Plan:
     must_share: bool = False
 
 
-def compiled_model(core: Any, plan: Plan) -> tuple[Any, bool]:
-    """The compiled model, and whether it came from the cache.
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model, that of its part which depends on the prompt alone, and where both are from."""
+
+    model: Any
+    prompt: Any | None = None
+    from_cache: bool = False
+
+
+def compiled_model(core: Any, plan: Plan) -> Compiled:
+    """What is compiled, or was before.
 
     Raises:
         SessionError: OpenVINO refuses the graph, a shape or a property.
     """
     properties = plan.properties | _weightless(plan)
     if plan.options.cache_dir is None:
-        return _compile(core, plan, properties), False
+        return _compile(core, plan, properties)
     kept = CompiledCache(plan.options.cache_dir / NAME)
     key = _key(core, plan, properties)
     blob = kept.load(key)
     if blob is not None:
         try:
-            compiled = core.import_model(blob, plan.device, properties)
+            parts = _taken_apart(blob) if _may_have_prompt(plan) else [blob]
+            model, *prompt = (core.import_model(part, plan.device, properties) for part in parts)
+            compiled = Compiled(model, prompt[0] if prompt else None, from_cache=True)
         except Exception as error:  # whatever the engine has against it, compiling again is right
             kept.remove(key, one_line(error))
         else:
             release_pages(plan.source.weights_path)
-            return compiled, True
+            return compiled
     compiled = _compile(core, plan, properties)
     with engine_errors(NAME, f"saving the compiled {plan.source.component}"):
-        exported = compiled.export_model()
-    kept.store(key, exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported))
-    return compiled, False
+        blobs = [_exported(part) for part in (compiled.model, compiled.prompt) if part is not None]
+    kept.store(key, _joined(blobs) if _may_have_prompt(plan) else blobs[0])
+    return compiled
+
+
+def _exported(compiled: Any) -> bytes:
+    exported = compiled.export_model()
+    return exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
+
+
+def _may_have_prompt(plan: Plan) -> bool:
+    """Whether an entry of the cache can hold two models. Others, which may be large, are kept as they are."""
+    return plan.source.component == "unet" and kind_of(plan.device) == CPU
+
+
+def _joined(blobs: list[bytes]) -> bytes:
+    """One or two compiled models as one: the length of the first in 8 bytes, then both."""
+    return b"".join([len(blobs[0]).to_bytes(8, "little"), *blobs])
+
+
+def _taken_apart(blob: bytes) -> list[bytes]:
+    """What ``_joined`` put together.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    end = 8 + int.from_bytes(blob[:8], "little")
+    if not 8 < end <= len(blob):
+        raise ValueError(f"an entry of {len(blob)} bytes whose first model ends at {end}")
+    return [part for part in (blob[8:end], blob[end:]) if part]
 
 
 def _weightless(plan: Plan) -> dict[str, object]:
@@ -109,7 +148,7 @@ def _key(core: Any, plan: Plan, properties: dict[str, object]) -> Any:
     )
 
 
-def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Any:
+def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Compiled:
     source, options = plan.source, plan.options
     if not source.graph_path.is_file():
         raise SessionError(f"the graph {source.graph_path} is not there; export the bundle again")
@@ -122,14 +161,19 @@ def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Any:
         with engine_errors(NAME, f"fixing the shapes of {source.component}"):
             model.reshape({name: list(shape) for name, shape in options.shapes.items()})
     with engine_errors(NAME, f"lowering {source.component}"):
-        lower(core, model, plan)
+        prompt = lower(core, model, plan)
     # Only here, where ``model`` keeps the file mapped: see ``releasing_pages``.
     with engine_errors(NAME, f"compiling {source.component}"), releasing_pages(source.weights_path):
-        return core.compile_model(model, plan.device, properties)
+        compiled = core.compile_model(model, plan.device, properties)
+        part = None if prompt is None else core.compile_model(prompt, plan.device, properties)
+        return Compiled(compiled, part)
 
 
-def lower(core: Any, model: Any, plan: Plan) -> None:
+def lower(core: Any, model: Any, plan: Plan) -> Any | None:
     """Everything that is rewritten before OpenVINO compiles a model, in this order; changes it in place.
+
+    Returns:
+        The model of what depends on the prompt alone, which is taken out last; None where it stays.
 
     Raises:
         SessionError: halves of the batch are to be shared, but the graph is not of the form that allows it.
@@ -143,3 +187,7 @@ def lower(core: Any, model: Any, plan: Plan) -> None:
         multiply_before_upsampling(model)
         split_gated_linears(core, model, plan.source.weights_path)
     keep_storage_type(model)
+    if kind_of(plan.device) != CPU:
+        return None
+    bf16 = plan.properties["INFERENCE_PRECISION_HINT"] == HINT["bf16"]
+    return cut_prompt(model, HINT["bf16" if bf16 else "fp32"])

@@ -9,27 +9,39 @@ import numpy as np
 from ..errors import SessionError
 from .base import GraphSource, InForce
 from .feeds import Shape
+from .openvino_guidance import PROMPT
+from .openvino_prompt import HANDED, Prompt
 from .openvino_timestep import COSINE, SINE, timestep_feeds
 from .session import CheckedSession
 
 
 class OpenVINOSession(CheckedSession):
-    """One compiled model and its one inference request.
+    """One compiled model and its one inference request; what depends on the prompt alone may be another's.
 
     Args:
         source: the component.
         in_force: what was read back.
         compiled: ``openvino.CompiledModel``.
         request: its ``InferRequest``.
+        prompt: what computes the inputs of the model that depend on the prompt, None if it has none.
         shared_sample: whether the model takes one half of the latents for both.
     """
 
     def __init__(
-        self, source: GraphSource, in_force: InForce, compiled: Any, request: Any, *, shared_sample: bool
+        self,
+        source: GraphSource,
+        in_force: InForce,
+        compiled: Any,
+        request: Any,
+        *,
+        prompt: Prompt | None = None,
+        shared_sample: bool,
     ) -> None:
-        super().__init__(source, in_force, _input_shapes(compiled, shared_sample=shared_sample))
+        shapes = _input_shapes(compiled, shared_sample=shared_sample)
+        super().__init__(source, in_force, shapes if prompt is None else shapes | {PROMPT: prompt.shape})
         self._compiled = compiled
         self._request = request
+        self._prompt = prompt
         self._config = source.config
         self._shared = shared_sample
         self._cut = any(SINE in port.get_names() for port in compiled.inputs)
@@ -40,12 +52,16 @@ class OpenVINOSession(CheckedSession):
             feeds = feeds | {"sample": _one_half(feeds["sample"])}
         if self._cut:
             feeds = feeds | timestep_feeds(feeds["timestep"], len(feeds["sample"]), self._config)
+        if self._prompt is not None:
+            self._prompt.update(feeds[PROMPT])
+            feeds = {name: array for name, array in feeds.items() if name != PROMPT}
         # Inputs are read in place; outputs are copied, because the request writes over its own next time.
         results = self._request.infer(feeds, share_inputs=True, share_outputs=False)
         return {name: np.asarray(results[index]) for name, index in self._outputs.items()}
 
     def _release(self) -> None:
         self._request = None
+        self._prompt = None
         self._compiled = None
 
 
@@ -69,7 +85,7 @@ def _input_shapes(compiled: Any, *, shared_sample: bool) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {
         port.any_name: tuple(axis.get_length() if axis.is_static else None for axis in port.partial_shape)
         for port in compiled.inputs
-        if not port.get_names() & {SINE, COSINE}
+        if not port.get_names() & {SINE, COSINE} and not port.any_name.startswith(HANDED)
     }
     if shared_sample:
         half, *rest = shapes["sample"]

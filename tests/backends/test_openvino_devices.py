@@ -14,6 +14,7 @@ import pytest
 
 from kiln.backends import openvino_backend
 from kiln.backends.base import GraphSource, PrepareOptions
+from kiln.backends.openvino_compile import Compiled
 from kiln.errors import BackendUnavailable, SessionError
 
 CAPABILITIES = {
@@ -86,8 +87,8 @@ def with_core(monkeypatch: pytest.MonkeyPatch, made: FakeCore) -> FakeCore:
     monkeypatch.setattr(openvino_backend, "core", lambda: made)
     monkeypatch.setattr(openvino_backend, "version", lambda: "2026.4.1-fake")
 
-    def compiled_model(core: FakeCore, plan: Any) -> tuple[FakeModel, bool]:
-        return core.compile(plan.device, plan.properties), False
+    def compiled_model(core: FakeCore, plan: Any) -> Compiled:
+        return Compiled(core.compile(plan.device, plan.properties))
 
     monkeypatch.setattr(openvino_backend, "compiled_model", compiled_model)
     return made
