@@ -30,7 +30,7 @@ from .engine_folder import EngineFolder, engine_folder
 
 BLOB = "model.blob"
 CHECKSUM = "model.blob.sha256"
-_PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".partial"
 _STALE_AFTER = 3600.0  # seconds; nobody writes an entry for an hour
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class CompiledCache:
         """Keep bytes under a key; whether that worked. Readers see the whole entry or none."""
         if self._is_ours() and keeps_nothing():
             return False
-        partial = self._folder / f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}"
+        partial = self._folder / f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
         try:
             private_folder(self._folder)
             why = untrusted(self._folder)
@@ -150,7 +150,7 @@ class CompiledCache:
 
     def _sweep(self) -> None:
         """Remove what killed processes left behind."""
-        for partial in self._folder.glob(f".*{_PARTIAL_SUFFIX}"):
+        for partial in self._folder.glob(f".*{PARTIAL_SUFFIX}"):
             try:
                 if time.time() - partial.stat().st_mtime > _STALE_AFTER:
                     shutil.rmtree(partial, ignore_errors=True)

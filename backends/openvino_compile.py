@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ from .compiled_cache import CompiledCache, cache_key
 from .cpu import describe_cpu
 from .engine import parse_version
 from .errors_map import engine_errors, one_line
-from .mapped_pages import release_pages, releasing_pages
+from .mapped_pages import releasing_pages
 from .openvino_devices import CPU, HINT, kind_of
 from .openvino_engine import NAME, version
 from .openvino_gated import split_gated_linears
 from .openvino_guidance import share_before_prompt
+from .openvino_kernels import FloatKernels, float_kernels, may_have_kernels, read_in_floats
 from .openvino_prompt import cut_prompt
 from .openvino_storage import keep_storage_type
 from .openvino_symmetric import quantize_around_zero
@@ -70,19 +72,46 @@ def compiled_model(core: Any, plan: Plan) -> Compiled:
     blob = kept.load(key)
     if blob is not None:
         try:
-            parts = _taken_apart(blob) if _may_have_prompt(plan) else [blob]
-            model, *prompt = (core.import_model(part, plan.device, properties) for part in parts)
-            compiled = Compiled(model, prompt[0] if prompt else None, from_cache=True)
+            compiled = _imported(core, plan, properties, blob)
+        except SessionError:  # there is no room for what the entry points to
+            raise
         except Exception as error:  # whatever the engine has against it, compiling again is right
             kept.remove(key, one_line(error))
         else:
-            release_pages(plan.source.weights_path)
             return compiled
     compiled = _compile(core, plan, properties)
     with engine_errors(NAME, f"saving the compiled {plan.source.component}"):
         blobs = [_exported(part) for part in (compiled.model, compiled.prompt) if part is not None]
     kept.store(key, _joined(blobs) if _may_have_prompt(plan) else blobs[0])
     return compiled
+
+
+def _imported(core: Any, plan: Plan, properties: dict[str, object], blob: bytes) -> Compiled:
+    """What an entry of the cache holds, with the weights it points to."""
+    weights = plan.source.weights_path
+    parts = _taken_apart(blob) if _may_have_prompt(plan) else [blob]
+    with contextlib.ExitStack() as stack:
+        if "WEIGHTS_PATH" in properties and may_have_kernels(weights):
+            model = core.read_model(plan.source.graph_path)
+            kernels = stack.enter_context(_float_kernels(model, plan, whole=True))
+            weights = weights if kernels is None else kernels.path
+            properties = properties | {"WEIGHTS_PATH": str(weights)}
+            del model  # which holds the other file
+        # The engine maps the file once and keeps it, so it may be released meanwhile.
+        stack.enter_context(releasing_pages(weights))
+        model, *prompt = (core.import_model(part, plan.device, properties) for part in parts)
+        return Compiled(model, prompt[0] if prompt else None, from_cache=True)
+
+
+def _float_kernels(
+    model: Any, plan: Plan, *, whole: bool = False
+) -> contextlib.AbstractContextManager[FloatKernels | None]:
+    """The file of a model's kernels in the type that the processor packs; nothing on other devices."""
+    if kind_of(plan.device) != CPU:
+        return contextlib.nullcontext()
+    kind = "BF16" if plan.properties["INFERENCE_PRECISION_HINT"] == HINT["bf16"] else "F32"
+    kept = plan.options.cache_dir
+    return float_kernels(model, plan.source.weights_path, kind, kept and kept / NAME, whole=whole)
 
 
 def _exported(compiled: Any) -> bytes:
@@ -160,13 +189,18 @@ def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Compiled:
     if options.shapes:
         with engine_errors(NAME, f"fixing the shapes of {source.component}"):
             model.reshape({name: list(shape) for name, shape in options.shapes.items()})
-    with engine_errors(NAME, f"lowering {source.component}"):
-        prompt = lower(core, model, plan)
-    # Only here, where ``model`` keeps the file mapped: see ``releasing_pages``.
-    with engine_errors(NAME, f"compiling {source.component}"), releasing_pages(source.weights_path):
-        compiled = core.compile_model(model, plan.device, properties)
-        part = None if prompt is None else core.compile_model(prompt, plan.device, properties)
-        return Compiled(compiled, part)
+    with contextlib.ExitStack() as stack:
+        with engine_errors(NAME, f"lowering {source.component}"):
+            kernels = stack.enter_context(_float_kernels(model, plan))
+            prompt = lower(core, model, plan)
+            if kernels is not None:
+                read_in_floats(core, model, kernels)
+                stack.enter_context(releasing_pages(kernels.path))
+        # Only here, where ``model`` keeps the files mapped: see ``releasing_pages``.
+        with engine_errors(NAME, f"compiling {source.component}"), releasing_pages(source.weights_path):
+            compiled = core.compile_model(model, plan.device, properties)
+            part = None if prompt is None else core.compile_model(prompt, plan.device, properties)
+            return Compiled(compiled, part)
 
 
 def lower(core: Any, model: Any, plan: Plan) -> Any | None:

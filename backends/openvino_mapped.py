@@ -39,6 +39,11 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes; its type is one of ``_TYPES``."""
+        return math.prod(self.shape) * _TYPES[self.dtype][2]
+
 
 @dataclass(frozen=True)
 class Rows:
