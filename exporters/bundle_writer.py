@@ -39,8 +39,8 @@ from .quantization.store import BUNDLE_FILE
 from .tensors import DTYPES, TensorInfo
 from .weights import largest_if_narrowed, overflow, place, stored_dtype, write_weights
 
-# Tensors that may be read and baked before their turn: enough that large and small ones even out.
-_WAITING_BYTES = 64 << 20
+# With one plain LoRA two cores are busy baking and writing; threads that share its baking made it slower.
+_FEW_CHANGES = 2
 
 Progress = Callable[[str, int, int], None]
 """Called with a component, bytes of it written, and its bytes in all."""
@@ -171,11 +171,11 @@ class BundleWriter:
     def _stream(
         self, component: str, names: list[str], infos: Mapping[str, TensorInfo], types: Mapping[str, str]
     ) -> Iterator[np.ndarray]:
-        """The tensors of a component in their order, baked on several threads, quantized on this one."""
         stored = [name for name in names if name in infos]
         total, done = sum(infos[n].nbytes for n in stored), 0
         jobs = ((infos[n].nbytes, self._job(component, n, types[n])) for n in stored)
-        baked = in_order(jobs, _WAITING_BYTES)
+        many = self.plan.most_changes(CONTRACTS[component].network) > _FEW_CHANGES
+        baked = in_order(jobs, together=many)
         for name in names:
             if name not in infos and self.int8 is not None:
                 yield self.int8.take_scale(name)

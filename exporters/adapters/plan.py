@@ -75,6 +75,10 @@ class BakePlan:
         """Whether ``bake`` changes this tensor."""
         return (network, name) in self._steps
 
+    def most_changes(self, network: str) -> int:
+        """How many changes the tensor of a network gets that gets the most."""
+        return max((len(steps) for target, steps in self._steps.items() if target[0] == network), default=0)
+
     def bake(self, network: str, name: str, tensor: np.ndarray) -> np.ndarray:
         """The tensor with all adapters added.
 

@@ -26,6 +26,21 @@ def test_results_come_in_the_order_of_the_jobs() -> None:
     assert list(in_order([], 100)) == []
 
 
+def test_one_after_the_other_stays_in_the_thread_of_the_caller() -> None:
+    drawn: list[int] = []
+
+    def jobs():
+        for number in range(5):
+            drawn.append(number)
+            yield 1, threading.get_ident
+
+    results = in_order(jobs(), 100, together=False)
+    assert next(results) == threading.get_ident()
+    assert drawn == [0], "nothing is drawn before its turn"
+    assert set(results) == {threading.get_ident()}
+    assert threading.get_ident() not in set(in_order(jobs(), 100))
+
+
 def test_jobs_run_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_processors", lambda: 2)
     meeting = threading.Barrier(2)
