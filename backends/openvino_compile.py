@@ -17,6 +17,7 @@ from .mapped_pages import releasing_pages
 from .openvino_devices import CPU, HINT, kind_of
 from .openvino_engine import NAME, version
 from .openvino_gated import split_gated_linears
+from .openvino_group_norm import MARKED_SINCE, normalize_channels_last
 from .openvino_guidance import share_before_prompt
 from .openvino_kernels import FloatKernels, float_kernels, may_have_kernels, read_in_floats
 from .openvino_prompt import cut_prompt
@@ -30,7 +31,7 @@ from .session import check_port_names
 WEIGHTLESS_SINCE = (2026, 4)
 
 # Raised when a lowering changes, or what is asked of the engine, so that old entries are not used.
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -216,12 +217,14 @@ def lower(core: Any, model: Any, plan: Plan) -> Any | None:
         cut_timestep(model)
     if plan.shared_sample and not share_before_prompt(model) and plan.must_share:
         raise SessionError("SHARED_SAMPLE needs a UNet with fixed shapes and an even batch")
+    bf16 = plan.properties["INFERENCE_PRECISION_HINT"] == HINT["bf16"]
     if kind_of(plan.device) == CPU and not model.is_dynamic():  # measured on processors only
         quantize_around_zero(model)
         multiply_before_upsampling(model)
         split_gated_linears(core, model, plan.source.weights_path)
+        if bf16 and parse_version(version()) >= MARKED_SINCE:
+            normalize_channels_last(core, model)
     keep_storage_type(model)
     if kind_of(plan.device) != CPU:
         return None
-    bf16 = plan.properties["INFERENCE_PRECISION_HINT"] == HINT["bf16"]
     return cut_prompt(model, HINT["bf16" if bf16 else "fp32"])
