@@ -21,6 +21,7 @@ from .openvino_group_norm import MARKED_SINCE, normalize_channels_last
 from .openvino_guidance import share_before_prompt
 from .openvino_kernels import FloatKernels, float_kernels, may_have_kernels, read_in_floats
 from .openvino_prompt import cut_prompt
+from .openvino_skip import convolve_shared_skips_once
 from .openvino_storage import keep_storage_type
 from .openvino_symmetric import quantize_around_zero
 from .openvino_timestep import cut_timestep
@@ -222,6 +223,8 @@ def lower(core: Any, model: Any, plan: Plan) -> Any | None:
         quantize_around_zero(model)
         multiply_before_upsampling(model)
         split_gated_linears(core, model, plan.source.weights_path)
+        if bf16:
+            convolve_shared_skips_once(model)
         if bf16 and parse_version(version()) >= MARKED_SINCE:
             normalize_channels_last(core, model)
     keep_storage_type(model)

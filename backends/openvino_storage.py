@@ -104,11 +104,12 @@ def weight(values: np.ndarray, scale: np.ndarray | None = None) -> Any:
 
 
 def dequantized(integers: Any, scale: Any) -> Any:
-    """int8 rows of a matrix times their scales, in the form that OpenVINO makes int8 kernels of."""
+    """int8 rows of a weight times their scales, in the form that OpenVINO makes int8 kernels of."""
     from openvino import opset13
 
-    column = opset13.reshape(scale, opset13.constant(np.array([-1, 1], np.int64)), False)
-    return opset13.multiply(opset13.convert(integers, "f32"), column)
+    column = np.array([-1, *[1] * (len(integers.get_output_partial_shape(0)) - 1)], np.int64)
+    scales = opset13.reshape(scale, opset13.constant(column), False)
+    return opset13.multiply(opset13.convert(integers, "f32"), scales)
 
 
 def decompressed(constant: Any) -> Any:
