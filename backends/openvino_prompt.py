@@ -37,7 +37,7 @@ def cut_prompt(model: Any, kind: str) -> Any | None:
     part = _part(model, prompt.get_friendly_name())
     if not any(_is_product(op, part) for op in model.get_ordered_ops()) or _outside(prompt.output(0), part):
         return None
-    _scale_keys(model, part)
+    _prepare_keys(model, part)
     handed = [
         (output, readers)
         for op in model.get_ordered_ops()
@@ -102,11 +102,12 @@ def _outside(output: Any, part: set[str]) -> list[Any]:
     return [entry for entry in output.get_target_inputs() if entry.get_node().get_friendly_name() not in part]
 
 
-def _scale_keys(model: Any, part: set[str]) -> None:
-    """Divide keys by the square root of a head's channels where they are made, in the part.
+def _prepare_keys(model: Any, part: set[str]) -> None:
+    """Scale keys and turn them in the part, where that is done once, as their product takes them.
 
-    OpenVINO writes an attention's own scale as a product with the keys, and computes it together with the
-    matrix product that they come from. In the model that is left it would be a pass over them in every step.
+    OpenVINO writes an attention's own scale, the square root of a head's channels, as a product with the
+    keys, and reads keys that lie token by token against their order. Where it makes them in the same model
+    both go into the kernels that make them; in the model that is left each step would pay for it.
 
     Args:
         model: changed in place.
@@ -114,15 +115,18 @@ def _scale_keys(model: Any, part: set[str]) -> None:
     """
     from openvino import opset13
 
+    turn = opset13.constant(np.array([0, 1, 3, 2], np.int64))
     for op in model.get_ordered_ops():
         inputs = [op.input_value(i) for i in range(op.get_input_size())]
         if op.get_type_name() != "ScaledDotProductAttention" or len(inputs) != 4:  # a fifth is a scale
             continue
-        if inputs[1].get_node().get_friendly_name() not in part:
+        if inputs[1].get_node().get_friendly_name() not in part or len(inputs[1].get_shape()) != 4:
             continue
         scale = np.array(1 / np.sqrt(inputs[0].get_shape()[-1]), np.float32)
-        inputs[1] = opset13.multiply(inputs[1], opset13.constant(scale)).output(0)
-        part.add(inputs[1].get_node().get_friendly_name())
+        scaled = opset13.multiply(inputs[1], opset13.constant(scale))
+        turned = opset13.transpose(scaled, turn)
+        part |= {scaled.get_friendly_name(), turned.get_friendly_name()}
+        inputs[1] = opset13.transpose(turned, turn).output(0)  # cancels the one inside the product
         lowered = opset13.scaled_dot_product_attention(
             *inputs,
             scale=opset13.constant(np.array(1, np.float32)),
