@@ -16,10 +16,11 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from ..cache import cache_root, keeps_nothing, private_folder, untrusted
 from ..cache_locks import claim
 from ..cache_store import discard, enforce_limit, write_facts
 from .engine_folder import EngineFolder, engine_folder
+from .errors_map import one_line
 
 BLOB = "model.blob"
 CHECKSUM = "model.blob.sha256"
@@ -34,6 +36,10 @@ PARTIAL_SUFFIX = ".partial"
 _STALE_AFTER = 3600.0  # seconds; nobody writes an entry for an hour
 
 log = logging.getLogger(__name__)
+
+# What this process is writing in threads of their own, by the folder of the entry. They are no daemons, so
+# that a process does not end before they have.
+_writers: dict[Path, threading.Thread] = {}
 
 # For whom something is compiled: not in the key, only in what ``kiln cache list`` says.
 _owner: ContextVar[str] = ContextVar("_owner", default="")
@@ -81,6 +87,7 @@ class CompiledCache:
     def load(self, key: str) -> bytes | None:
         """The bytes kept under a key, None if there are none; a damaged entry is removed."""
         entry = self._folder / key
+        self.wait(key)
         held = claim(entry)
         if held is None:
             return None
@@ -104,8 +111,39 @@ class CompiledCache:
             held.touch()
             return blob
 
-    def store(self, key: str, blob: bytes) -> bool:
-        """Keep bytes under a key; whether that worked. Readers see the whole entry or none."""
+    def store_later(self, key: str, parts: Callable[[], Iterable[bytes]]) -> None:
+        """``store`` what a function gives, in another thread: an image need not wait for that.
+
+        A function that raises is logged, as a cache that cannot be written is.
+        """
+
+        def write() -> None:
+            try:
+                given = list(parts())
+            except Exception as error:  # of the engine, which has its own
+                log.warning("the compiled model is not kept: %s", one_line(error))
+            else:
+                self.store(key, *given)
+
+        context = copy_context()  # with the name of whom it is compiled for
+        writer = threading.Thread(target=context.run, args=(write,), name="kiln-cache")
+        _writers[self._folder / key] = writer
+        writer.start()
+
+    def wait(self, key: str) -> None:
+        """Wait until what ``store_later`` was asked for under this key is done."""
+        writer = _writers.get(self._folder / key)
+        if writer is not None:
+            writer.join()
+            _writers.pop(self._folder / key, None)
+
+    def store(self, key: str, *parts: bytes) -> bool:
+        """Keep bytes under a key; whether that worked. Readers see the whole entry or none.
+
+        Args:
+            key: of ``cache_key``.
+            parts: what is kept, one after the other.
+        """
         if self._is_ours() and keeps_nothing():
             return False
         partial = self._folder / f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
@@ -116,8 +154,11 @@ class CompiledCache:
                 log.warning("the compiled model is not kept: %s", why)
                 return False
             partial.mkdir(mode=0o700)
-            _write(partial / BLOB, blob)
-            _write(partial / CHECKSUM, hashlib.sha256(blob).hexdigest().encode() + b"\n")
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part)
+            _write(partial / BLOB, *parts)
+            _write(partial / CHECKSUM, digest.hexdigest().encode() + b"\n")
             write_facts(partial, self._facts(key))
             os.rename(partial, self._folder / key)
         except OSError as error:
@@ -158,9 +199,9 @@ class CompiledCache:
                 continue
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, *parts: bytes) -> None:
     with path.open("xb") as stream:
         os.fchmod(stream.fileno(), 0o600)
-        stream.write(data)
+        stream.writelines(parts)
         stream.flush()
         os.fsync(stream.fileno())

@@ -100,7 +100,15 @@ class OpenVINOBackend:
             request = compiled.model.create_infer_request()
             prompt = None if compiled.prompt is None else Prompt(compiled.prompt, request)
         shared = _shares(compiled.model, options)
-        return OpenVINOSession(source, in_force, compiled.model, request, prompt=prompt, shared_sample=shared)
+        return OpenVINOSession(
+            source,
+            in_force,
+            compiled.model,
+            request,
+            prompt=prompt,
+            shared_sample=shared,
+            kept=compiled.kept,
+        )
 
 
 def _flag(source: GraphSource, value: object) -> bool | str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import SessionError
@@ -14,6 +17,7 @@ from .cpu import describe_cpu
 from .engine import parse_version
 from .errors_map import engine_errors, one_line
 from .mapped_pages import releasing_pages
+from .openvino_constants import share_constants
 from .openvino_devices import CPU, HINT, kind_of
 from .openvino_engine import NAME, version
 from .openvino_gated import split_gated_linears
@@ -53,11 +57,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model, that of its part which depends on the prompt alone, and where both are from."""
+    """A compiled model, that of its part which depends on the prompt alone, and where both are from.
+
+    ``kept`` waits until both are in the cache, if they are being written there.
+    """
 
     model: Any
     prompt: Any | None = None
     from_cache: bool = False
+    kept: Callable[[], None] = lambda: None
 
 
 def compiled_model(core: Any, plan: Plan) -> Compiled:
@@ -82,10 +90,13 @@ def compiled_model(core: Any, plan: Plan) -> Compiled:
         else:
             return compiled
     compiled = _compile(core, plan, properties)
-    with engine_errors(NAME, f"saving the compiled {plan.source.component}"):
+
+    def exported() -> list[bytes]:
         blobs = [_exported(part) for part in (compiled.model, compiled.prompt) if part is not None]
-    kept.store(key, _joined(blobs) if _may_have_prompt(plan) else blobs[0])
-    return compiled
+        return _framed(blobs) if _may_have_prompt(plan) else blobs
+
+    kept.store_later(key, exported)
+    return replace(compiled, kept=functools.partial(kept.wait, key))
 
 
 def _imported(core: Any, plan: Plan, properties: dict[str, object], blob: bytes) -> Compiled:
@@ -126,13 +137,13 @@ def _may_have_prompt(plan: Plan) -> bool:
     return plan.source.component == "unet" and kind_of(plan.device) == CPU
 
 
-def _joined(blobs: list[bytes]) -> bytes:
-    """One or two compiled models as one: the length of the first in 8 bytes, then both."""
-    return b"".join([len(blobs[0]).to_bytes(8, "little"), *blobs])
+def _framed(blobs: list[bytes]) -> list[bytes]:
+    """Parts of an entry of one or two compiled models: the length of the first in 8 bytes, then both."""
+    return [len(blobs[0]).to_bytes(8, "little"), *blobs]
 
 
 def _taken_apart(blob: bytes) -> list[bytes]:
-    """What ``_joined`` put together.
+    """The compiled models of an entry that is made of what ``_framed`` gives.
 
     Raises:
         ValueError: it is not of that form.
@@ -200,9 +211,12 @@ def _compile(core: Any, plan: Plan, properties: dict[str, object]) -> Compiled:
                 stack.enter_context(releasing_pages(kernels.path))
         # Only here, where ``model`` keeps the files mapped: see ``releasing_pages``.
         with engine_errors(NAME, f"compiling {source.component}"), releasing_pages(source.weights_path):
-            compiled = core.compile_model(model, plan.device, properties)
-            part = None if prompt is None else core.compile_model(prompt, plan.device, properties)
-            return Compiled(compiled, part)
+            if prompt is None:
+                return Compiled(core.compile_model(model, plan.device, properties))
+            # The engine does most of it on one processor.
+            with ThreadPoolExecutor(1, "kiln-prompt") as other:
+                part = other.submit(core.compile_model, prompt, plan.device, properties)
+                return Compiled(core.compile_model(model, plan.device, properties), part.result())
 
 
 def lower(core: Any, model: Any, plan: Plan) -> Any | None:
@@ -227,6 +241,7 @@ def lower(core: Any, model: Any, plan: Plan) -> Any | None:
             convolve_shared_skips_once(model)
         if bf16 and parse_version(version()) >= MARKED_SINCE:
             normalize_channels_last(core, model)
+        share_constants(model)
     keep_storage_type(model)
     if kind_of(plan.device) != CPU:
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,3 +179,41 @@ def test_an_entry_that_is_read_is_not_pruned_halfway(
 
     monkeypatch.setattr(Path, "read_bytes", reading)
     assert inside.load(key) == b"compiled"
+
+
+def test_an_entry_that_is_being_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread, for the same bundle; a reader does not take it for absent."""
+    cache, went = CompiledCache(tmp_path), threading.Event()
+    real = compiled_cache.write_facts
+
+    def slowly(folder: Path, facts: Mapping[str, Any]) -> None:
+        assert went.wait(30)
+        real(folder, facts)
+
+    monkeypatch.setattr(compiled_cache, "write_facts", slowly)
+    with compiling_for("mine"):
+        cache.store_later(KEY, lambda: [b"com", b"piled"])
+    assert not (tmp_path / KEY).exists()
+    threading.Timer(0.2, went.set).start()
+    assert cache.load(KEY) == b"compiled"
+    assert read_facts(tmp_path / KEY)["bundle"] == "mine"
+    cache.wait(KEY)  # nothing is left to wait for
+
+
+def test_an_entry_that_cannot_be_written_in_another_thread_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    cache = CompiledCache(tmp_path / "file")
+    cache.store_later(KEY, lambda: [b"x"])
+    cache.wait(KEY)
+    assert "cannot be kept" in caplog.text
+
+    def broken() -> list[bytes]:
+        raise RuntimeError("no such\nformat")
+
+    CompiledCache(tmp_path).store_later(KEY, broken)
+    assert CompiledCache(tmp_path).load(KEY) is None
+    assert "not kept: no such format" in caplog.text

@@ -20,6 +20,12 @@ GROUPS, CHANNELS, SIDE, EPS = 4, 32, 8, 1e-5
 LIMITS = {"f32": THRESHOLDS["component_relative_l2"], "bf16": THRESHOLDS["component_bf16_relative_l2"]}
 
 
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images too, which are left alone elsewhere."""
+    monkeypatch.setattr(openvino_group_norm, "LEAST", 0)
+
+
 @pytest.fixture(params=["f32", "bf16"])
 def hint(request: Any) -> str:
     if request.param == "bf16" and "bf16" not in BACKEND.devices()[0].precisions:
@@ -175,6 +181,14 @@ def test_every_one_of_the_unet_is_rewritten(unet: GraphSource) -> None:
     count = kinds(model).count("GroupNormalization")
     assert openvino_group_norm.normalize_channels_last(core, model) == count > 20
     assert "GroupNormalization" not in kinds(model)
+
+
+def test_small_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    monkeypatch.setattr(openvino_group_norm, "LEAST", CHANNELS * SIDE * (SIDE + 1) + 1)
+    model = model_of(values(False), shifted=False)
+    assert openvino_group_norm.normalize_channels_last(openvino.Core(), model) == 0
 
 
 @pytest.mark.parametrize(

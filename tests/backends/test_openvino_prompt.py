@@ -228,11 +228,11 @@ def test_an_entry_of_another_form_is_compiled_again(unet: GraphSource, tmp_path:
     with pytest.raises(ValueError, match="first model ends at"):
         openvino_compile._taken_apart(b"\xff" * 40)
     blobs = [b"main", b"prompt"]
-    assert openvino_compile._taken_apart(openvino_compile._joined(blobs)) == blobs
-    assert openvino_compile._taken_apart(openvino_compile._joined(blobs[:1])) == blobs[:1]
+    assert openvino_compile._taken_apart(b"".join(openvino_compile._framed(blobs))) == blobs
+    assert openvino_compile._taken_apart(b"".join(openvino_compile._framed(blobs[:1]))) == blobs[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_compile, "_joined", lambda blobs: blobs[0])  # as it was before
-        prepare(unet, "fp32", cache_dir=tmp_path)
+        patch.setattr(openvino_compile, "_framed", lambda blobs: blobs[:1])  # as it was before
+        prepare(unet, "fp32", cache_dir=tmp_path).close()
     session = prepare(unet, "fp32", cache_dir=tmp_path)
     assert not session.in_force.from_cache
     assert prepare(unet, "fp32", cache_dir=tmp_path).in_force.from_cache
