@@ -1,4 +1,4 @@
-"""Give back the memory of a file that an engine has mapped and read: its pages come again from the file.
+"""Give back memory: of a file that an engine has mapped and read, and of a heap that has been emptied.
 
 An engine that packs weights into layouts of its own reads the mapped file once; the pages then count as
 memory of the process until the system needs them elsewhere, or a limit of a container strikes.
@@ -66,6 +66,18 @@ def releasing_pages(path: Path) -> Iterator[None]:
         done.set()
         watcher.join()
         release_pages(path)
+
+
+def trim_heap() -> bool:
+    """Give free memory of the C heap back to the system; whether there was some, and a heap that can.
+
+    An engine that compiles leaves 50 to 100 MB behind, in small holes that glibc keeps for later.
+    See malloc_trim(3).
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return False
 
 
 def _advise(start: int, length: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kiln.backends import mapped_pages
-from kiln.backends.mapped_pages import release_pages, releasing_pages
+from kiln.backends.mapped_pages import release_pages, releasing_pages, trim_heap
 
 SIZE = 32 << 20
 
@@ -72,3 +73,21 @@ def test_a_mapping_that_can_be_written_to_is_left_alone(path: Path) -> None:
 def test_where_there_is_no_proc(path: Path, tmp_path: Path) -> None:
     assert release_pages(path, tmp_path) == 0
     assert release_pages(tmp_path / "other") == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a heap of glibc")
+def test_holes_of_the_heap_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("another C library")
+    pieces = [bytearray(b"x" * 60_000) for _ in range(2_000)]  # too small to be mapped one by one
+    full = resident_bytes()
+    pieces[:-1] = []  # the last keeps the heap from ending before the hole
+    assert trim_heap()
+    assert resident_bytes() < full - 60_000_000
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert not trim_heap()
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
