@@ -150,7 +150,8 @@ def test_every_gated_layer_of_the_unet_is_split_and_stays_out_of_the_cache(
         pytest.skip("an OpenVINO that keeps weights in its cache")
     width = int(unet.config["cross_attention_dim"])  # type: ignore[call-overload]
     shapes = {"sample": (2, 4, 16, 16), "timestep": (), "encoder_hidden_states": (2, 77, width)}
-    BACKEND.prepare(unet, PrepareOptions(shapes, precision="fp32", threads=1, cache_dir=tmp_path))
+    # Closed, because the entry of the cache is written in another thread.
+    BACKEND.prepare(unet, PrepareOptions(shapes, precision="fp32", threads=1, cache_dir=tmp_path)).close()
     blob = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     stored = openvino_mapped.stored_tensors(unet.weights_path)
     file = unet.weights_path.read_bytes()

@@ -96,7 +96,9 @@ def test_damaged_cache_entry(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = replace(FP32, cache_dir=tmp_path)
-    before = backend.prepare(graph_case.source, options).run(feeds())["out_sample"]
+    first = backend.prepare(graph_case.source, options)
+    before = first.run(feeds())["out_sample"]
+    first.close()  # which waits until the entry is written
     [entry] = (tmp_path / backend.name).iterdir()
     _damage(entry, damage)
     with caplog.at_level(logging.WARNING):

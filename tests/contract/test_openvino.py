@@ -93,7 +93,7 @@ def test_cache_holds_no_weights(graph_case: Any, weights: Any, write: Any, tmp_p
     weights["context.out.weight"] = (rng.standard_normal((65536, 4)) / 100).astype(np.float16)
     source = write(tmp_path / "large", weights, digest="large")
     options = replace(FP32, cache_dir=tmp_path / "cache")
-    BACKEND.prepare(source, options)
+    BACKEND.prepare(source, options).close()  # which waits until the entry is written
     [blob] = (tmp_path / "cache").rglob("model.blob")
     assert source.weights_path.stat().st_size > 4_000_000
     assert blob.stat().st_size < 100_000
