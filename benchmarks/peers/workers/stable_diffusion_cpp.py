@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from importlib import metadata
 from typing import Any
@@ -35,9 +36,11 @@ class Worker:
             )
         if requested["precision"] not in _TYPES:
             raise ValueError(f"it stores {', '.join(_TYPES)}, not {requested['precision']}")
+        # Left to itself it counts physical cores, and on a virtual machine often finds one.
+        threads = requested["threads"] or os.cpu_count() or 1
         self.model = stable_diffusion_cpp.StableDiffusion(
             model_path=self.job["model"],
-            n_threads=requested["threads"] or -1,
+            n_threads=threads,
             wtype=_TYPES[requested["precision"]],
             rng_type="cpu",  # torch's generator on a CPU: the noise of Kiln for one seed
             sampler_rng_type="cpu",
@@ -47,7 +50,7 @@ class Worker:
             "stable-diffusion.cpp",
             metadata.version("stable-diffusion-cpp-python"),
             UNKNOWN,
-            requested["threads"],
+            threads,
             provider="ggml",
             asked_weight_type=_TYPES[requested["precision"]],
         )
