@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from .openvino_numbers import integers, number
 from .openvino_storage import stored_values
 
 # 2026.2.1 has another mark, and loses it where it joins value by value operators to one kernel.
@@ -111,20 +112,20 @@ def _normalized(layer: _Layer, sums: Any) -> Any:
     gamma, beta = (_float32(layer.op.input_value(i)) for i in (1, 2))
     # Axes that are dropped, not kept with one pixel, may lie last before and be gone after, in any layout.
     given = {
-        "mean": ops.reduce_mean(layer.image, _integers(*_PIXELS), False),
-        "length": ops.reduce_l2(layer.image, _integers(*_PIXELS), False),
+        "mean": ops.reduce_mean(layer.image, integers(*_PIXELS), False),
+        "length": ops.reduce_l2(layer.image, integers(*_PIXELS), False),
         "gamma": ops.constant(gamma.reshape(grouped) * np.float32(np.sqrt(count))),
         "ones": ops.constant(np.ones(grouped, np.float32)),
-        "count": _number(count),
-        "eps": _number(count * how["epsilon"]),
+        "count": number(count),
+        "eps": number(count * how["epsilon"]),
     }
     if layer.shift is not None:
-        given["shift"] = ops.reshape(layer.shift, _integers(0, -1), True)
-        given["pixels"] = _number(height * width)
+        given["shift"] = ops.reshape(layer.shift, integers(0, -1), True)
+        given["pixels"] = number(height * width)
     for parameter in sums.get_parameters():
         parameter.output(0).replace(given[parameter.get_friendly_name()].output(0))
     high, low, factor = (
-        ops.reshape(result.input_value(0), _integers(0, -1, 1, 1), True) for result in sums.get_results()
+        ops.reshape(result.input_value(0), integers(0, -1, 1, 1), True) for result in sums.get_results()
     )
     centred = ops.subtract(ops.subtract(layer.image, high), low)
     return ops.add(ops.multiply(centred, factor), ops.constant(beta.reshape(1, channels, 1, 1)))
@@ -181,7 +182,7 @@ def _sums(groups: int, shifted: bool) -> Any:
         return given[-1]
 
     def by_group(node: Any) -> Any:
-        return ops.reshape(node, _integers(0, groups, -1), True)
+        return ops.reshape(node, integers(0, groups, -1), True)
 
     mean, length = parameter("mean", -1, -1), parameter("length", -1, -1)
     gamma, ones = parameter("gamma", 1, groups, -1), parameter("ones", 1, groups, -1)
@@ -189,19 +190,19 @@ def _sums(groups: int, shifted: bool) -> Any:
     if shifted:
         shift, pixels = parameter("shift", -1, -1), parameter("pixels")
         more = ops.multiply(ops.multiply(shift, pixels), ops.add(ops.add(mean, mean), shift))
-        squares = ops.reduce_sum(by_group(ops.add(ops.multiply(length, length), more)), _integers(2), True)
+        squares = ops.reduce_sum(by_group(ops.add(ops.multiply(length, length), more)), integers(2), True)
         mean = ops.add(mean, shift)
     else:
-        lengths = ops.reduce_l2(by_group(length), _integers(2), True)
+        lengths = ops.reduce_l2(by_group(length), integers(2), True)
         squares = ops.multiply(lengths, lengths)
-    centre = ops.reduce_mean(by_group(mean), _integers(2), True)
+    centre = ops.reduce_mean(by_group(mean), integers(2), True)
     # Rounding may leave a variance of nothing below zero.
     variance = ops.relu(ops.subtract(squares, ops.multiply(ops.multiply(centre, centre), count)))
-    factor = ops.multiply(ops.power(ops.add(variance, eps), _number(-0.5)), gamma)
+    factor = ops.multiply(ops.power(ops.add(variance, eps), number(-0.5)), gamma)
     taken = ops.multiply(centre, ones)
     if shifted:
         taken = ops.subtract(taken, by_group(shift))
-    large = ops.multiply(taken, _number(_SPLITTER))
+    large = ops.multiply(taken, number(_SPLITTER))
     high = ops.subtract(large, ops.subtract(large, taken))
     low = ops.subtract(taken, high)
     return openvino.Model([high, low, factor], given, "sums")
@@ -211,15 +212,3 @@ def _float32(output: Any) -> np.ndarray:
     values = stored_values(output)
     assert values is not None
     return values.astype(np.float32)
-
-
-def _integers(*values: int) -> Any:
-    from openvino import opset13
-
-    return opset13.constant(np.array(values, np.int64))
-
-
-def _number(value: float) -> Any:
-    from openvino import opset13
-
-    return opset13.constant(np.array(value, np.float32))

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from .openvino_numbers import integers
 from .openvino_timestep import COSINE, SINE
 
 PROMPT = "encoder_hidden_states"
@@ -46,7 +45,7 @@ def share_before_prompt(model: Any) -> bool:
         target = list(op.output(0).get_shape())
         if op.get_friendly_name() in shared and target[0] == batch:
             target[0] = batch // 2
-        op.input(1).replace_source_output(_integers(target).output(0))
+        op.input(1).replace_source_output(integers(*target).output(0))
     _halve([inputs[name] for name in ("sample", SINE, COSINE) if name in inputs], batch)
     model.validate_nodes_and_infer_types()
     return True
@@ -106,9 +105,3 @@ def _halve(parameters: list[Any], batch: int) -> None:
         shape = list(parameter.output(0).get_shape())
         if shape and shape[0] == batch:
             parameter.set_partial_shape(PartialShape([batch // 2, *shape[1:]]))
-
-
-def _integers(values: list[int]) -> Any:
-    from openvino import opset13
-
-    return opset13.constant(np.array(values, np.int64))

@@ -24,7 +24,7 @@ import numpy as np
 from .openvino_storage import stored_values, stored_weight, weight
 
 Parts = tuple[Any, Any]
-_VALUE_BY_VALUE = ("Sigmoid", "Swish", "Multiply", "Subtract", "FakeQuantize", "Convert")
+_POINTWISE = ("Sigmoid", "Swish", "Multiply", "Subtract", "FakeQuantize", "Convert")
 
 
 def convolve_shared_skips_once(model: Any) -> int:
@@ -78,7 +78,7 @@ def _convolutions_behind(op: Any) -> list[Any]:
     while waiting:
         for entry in waiting.pop().output(0).get_target_inputs():
             reader = entry.get_node()
-            if reader.get_type_name() in ("GroupNormalization", *_VALUE_BY_VALUE):
+            if reader.get_type_name() in ("GroupNormalization", *_POINTWISE):
                 waiting.append(reader)
             elif reader.get_type_name() == "Convolution" and stored_weight(reader.input_value(1)) is not None:
                 found[reader.get_friendly_name()] = reader
@@ -102,7 +102,7 @@ def _parts(output: Any, known: dict[str, Parts]) -> Parts | None:
     if op.get_type_name() == "GroupNormalization":
         before = _parts(inputs[0], known)
         made = None if before is None else _normalized(op, before)
-    elif op.get_type_name() in _VALUE_BY_VALUE:
+    elif op.get_type_name() in _POINTWISE:
         split = [(one, one) if _is_number(one) else _parts(one, known) for one in inputs]
         made = None if None in split else tuple(_again(op, part) for part in zip(*split, strict=True))
     else:

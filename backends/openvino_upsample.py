@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from .openvino_numbers import integers, number
 from .openvino_storage import StoredWeight, stored_weight, weight
 
 LARGEST = 256 << 20
@@ -120,7 +121,7 @@ def _product(small: Any, kernel: StoredWeight) -> Any:
 
     n, _, height, width = small.get_shape()
     out = kernel.values.shape[0]
-    tokens = ops.transpose(small, _integers(0, 2, 3, 1))
+    tokens = ops.transpose(small, integers(0, 2, 3, 1))
 
     def tap(row: int, column: int) -> Any:
         return ops.matmul(tokens, weight(kernel.values[:, :, row, column], kernel.scale), False, True)
@@ -129,10 +130,10 @@ def _product(small: Any, kernel: StoredWeight) -> Any:
     rows = []
     for parity in range(2):
         both = _doubled([column[parity] for column in columns], _COLUMNS)
-        pair = ops.concat([ops.unsqueeze(pixels, _integers(3)) for pixels in both], 3)
-        rows.append(ops.unsqueeze(pair, _integers(2)))
-    pixels = ops.reshape(ops.concat(rows, 2), _integers(n, 2 * height, 2 * width, out), False)
-    return ops.transpose(pixels, _integers(0, 3, 1, 2))
+        pair = ops.concat([ops.unsqueeze(pixels, integers(3)) for pixels in both], 3)
+        rows.append(ops.unsqueeze(pair, integers(2)))
+    pixels = ops.reshape(ops.concat(rows, 2), integers(n, 2 * height, 2 * width, out), False)
+    return ops.transpose(pixels, integers(0, 3, 1, 2))
 
 
 def _doubled(taps: Sequence[Any], axis: int) -> tuple[Any, Any]:
@@ -152,12 +153,4 @@ def _shifted(node: Any, axis: int, *, back: bool) -> Any:
     more = [int(i == axis) for i in range(4)]
     less = [-size for size in more]  # a negative pad cuts off: one copy, where a slice would be another
     before, after = (less, more) if back else (more, less)
-    return ops.pad(
-        node, _integers(*before), _integers(*after), "constant", ops.constant(np.array(0, np.float32))
-    )
-
-
-def _integers(*values: int) -> Any:
-    from openvino import opset13
-
-    return opset13.constant(np.array(values, np.int64))
+    return ops.pad(node, integers(*before), integers(*after), "constant", number(0))
