@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kiln.backends.base import GraphSource
+from kiln.backends import openvino_compile
+from kiln.backends.base import GraphSource, PrepareOptions
+from kiln.backends.openvino_backend import SHARED_SAMPLE
 from kiln.backends.openvino_guidance import share_before_prompt
 from kiln.backends.openvino_skip import convolve_shared_skips_once
 from kiln.backends.registry import get_backend, why_unusable
@@ -78,6 +81,28 @@ def test_the_unet_equals_diffusers(unet: GraphSource, tiny_sd1: Path) -> None:
     assert np.isfinite(actual).all()
     assert LIMIT.holds(relative_l2(actual, expected))
     assert not LIMIT.holds(relative_l2(actual[::-1], expected))  # the halves are not mixed up
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", [1]), ("fp32", [])])
+def test_it_is_done_in_bf16_alone(
+    unet: GraphSource, monkeypatch: pytest.MonkeyPatch, precision: str, expected: list[int]
+) -> None:
+    if precision not in BACKEND.devices()[0].precisions:
+        pytest.skip("a processor without bf16")
+    feeds = feeds_of(unet) | {"sample": np.concatenate([feeds_of(unet)["sample"]] * 2)}
+    options = PrepareOptions({name: v.shape for name, v in feeds.items()}, precision="fp32", threads=1)
+    reference = BACKEND.prepare(unet, options).run(feeds)["out_sample"]
+    done: list[int] = []
+    monkeypatch.setattr(
+        openvino_compile,
+        "convolve_shared_skips_once",
+        lambda model: done.append(convolve_shared_skips_once(model)),
+    )
+    shared = BACKEND.prepare(unet, replace(options, precision=precision, extra={SHARED_SAMPLE: True}))
+    actual = shared.run(feeds)["out_sample"]
+    assert done == expected
+    assert THRESHOLDS["component_bf16_relative_l2"].holds(relative_l2(actual, reference))
+    assert np.array_equal(actual, reference) == (precision == "fp32")
 
 
 def block(kernel: np.ndarray, *, groups: int = GROUPS, scale: Any = None, more: str = "") -> Any:
