@@ -45,6 +45,12 @@ _writers: dict[Path, threading.Thread] = {}
 _owner: ContextVar[str] = ContextVar("_owner", default="")
 
 
+def wait_for_writers() -> None:
+    """Wait for all that ``store_later`` was asked for: for a process that ends by ``os._exit``."""
+    for writer in list(_writers.values()):
+        writer.join()
+
+
 class CacheKey(str):
     """A key that remembers what it is the digest of."""
 

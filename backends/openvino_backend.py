@@ -107,7 +107,7 @@ class OpenVINOBackend:
             request,
             prompt=prompt,
             shared_sample=shared,
-            kept=compiled.kept,
+            settle=compiled.settle,
         )
 
 

@@ -59,13 +59,13 @@ class Plan:
 class Compiled:
     """A compiled model, that of its part which depends on the prompt alone, and where both are from.
 
-    ``kept`` waits until both are in the cache, if they are being written there.
+    ``settle`` waits until both are in the cache, if they are being written there.
     """
 
     model: Any
     prompt: Any | None = None
     from_cache: bool = False
-    kept: Callable[[], None] = lambda: None
+    settle: Callable[[], None] = lambda: None
 
 
 def compiled_model(core: Any, plan: Plan) -> Compiled:
@@ -99,7 +99,7 @@ def compiled_model(core: Any, plan: Plan) -> Compiled:
     if may_have_kernels(plan.source.weights_path):
         kept.wait(key)  # or the entry is in memory beside what runs, and peak memory is what int8 is for
     trim_heap()
-    return replace(compiled, kept=functools.partial(kept.wait, key))
+    return replace(compiled, settle=functools.partial(kept.wait, key))
 
 
 def _imported(core: Any, plan: Plan, properties: dict[str, object], blob: bytes) -> Compiled:

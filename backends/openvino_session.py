@@ -26,7 +26,7 @@ class OpenVINOSession(CheckedSession):
         request: its ``InferRequest``.
         prompt: what computes the inputs of the model that depend on the prompt, None if it has none.
         shared_sample: whether the model takes one half of the latents for both.
-        kept: waits until the compiled model is in the cache; called when the session is closed.
+        settle: waits until the compiled model is in the cache; called when the session is closed.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class OpenVINOSession(CheckedSession):
         *,
         prompt: Prompt | None = None,
         shared_sample: bool,
-        kept: Callable[[], None] = lambda: None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         shapes = _input_shapes(compiled, shared_sample=shared_sample)
         super().__init__(source, in_force, shapes if prompt is None else shapes | {PROMPT: prompt.shape})
@@ -47,7 +47,7 @@ class OpenVINOSession(CheckedSession):
         self._prompt = prompt
         self._config = source.config
         self._shared = shared_sample
-        self._kept = kept
+        self._settle = settle
         self._cut = any(SINE in port.get_names() for port in compiled.inputs)
         self._outputs = {port.any_name: index for index, port in enumerate(compiled.outputs)}
 
@@ -67,7 +67,7 @@ class OpenVINOSession(CheckedSession):
         self._request = None
         self._prompt = None
         self._compiled = None
-        self._kept()
+        self._settle()
 
 
 def _one_half(sample: np.ndarray) -> np.ndarray:

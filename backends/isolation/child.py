@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from ..base import Backend, Session
+from ..compiled_cache import wait_for_writers
 from .blocks import Block, plan
 from .messages import Channel, ChannelClosedError, Message, pack_error, pack_in_force, unpack_task
 from .target import load_backend
@@ -44,6 +45,7 @@ class Server:
             message, fds = received
             if message["kind"] == "exit":
                 sys.stdout.flush()
+                wait_for_writers()
                 os._exit(0)  # past the engine's destructors, which may crash and have nothing left to do
             with heart:
                 try:

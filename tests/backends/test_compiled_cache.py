@@ -217,3 +217,17 @@ def test_an_entry_that_cannot_be_written_in_another_thread_is_logged(
     CompiledCache(tmp_path).store_later(KEY, broken)
     assert CompiledCache(tmp_path).load(KEY) is None
     assert "not kept: no such format" in caplog.text
+
+
+def test_a_process_that_ends_at_once_can_wait_for_all(tmp_path: Path) -> None:
+    went = threading.Event()
+
+    def slowly() -> list[bytes]:
+        assert went.wait(30)
+        return [b"x"]
+
+    CompiledCache(tmp_path).store_later(KEY, slowly)
+    assert not (tmp_path / KEY).exists()
+    threading.Timer(0.2, went.set).start()
+    compiled_cache.wait_for_writers()
+    assert (tmp_path / KEY).is_dir()
