@@ -124,4 +124,5 @@ def generate(
     request = Request(prompt, **fields)
     refs = tuple(a if isinstance(a, AdapterRef) else locate_adapter(a) for a in adapters)
     with Pipeline.open(resolve_model(model, refs).bundle, settings) as pipeline:
-        return [event for event in pipeline.generate(request) if isinstance(event, ImageReady)]
+        events = pipeline.generate(request, last=True)
+        return [event for event in events if isinstance(event, ImageReady)]

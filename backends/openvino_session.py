@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import SessionError
 from .base import GraphSource, InForce
 from .feeds import Shape
+from .mapped_pages import trim_heap
 from .openvino_guidance import PROMPT
 from .openvino_prompt import HANDED, Prompt
 from .openvino_timestep import COSINE, SINE, timestep_feeds
@@ -68,6 +69,7 @@ class OpenVINOSession(CheckedSession):
         self._prompt = None
         self._compiled = None
         self._settle()
+        trim_heap()
 
 
 def _one_half(sample: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ def generate(prompt: str, **options: Any) -> None:
         embeddings = _embeddings(options, text)
         resolved = resolve_model(options["model"], refs, embeddings=embeddings)
         with Pipeline.open(resolved.bundle, settings) as pipeline:
-            for event in pipeline.generate(request):
+            for event in pipeline.generate(request, last=True):
                 progress.show(event)
                 if isinstance(event, ImageReady):
                     _report_image(target.save(event), event, options["as_json"])

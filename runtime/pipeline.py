@@ -119,8 +119,13 @@ class Pipeline:
         """The side, in pixels, of the images the model was trained on."""
         return int(self.bundle.config("unet")["sample_size"]) * self.vae_factor
 
-    def generate(self, request: Request) -> Iterator[Event]:
+    def generate(self, request: Request, *, last: bool = False) -> Iterator[Event]:
         """Carry out a request, event by event; every image arrives as soon as it is decoded.
+
+        Args:
+            request: what to draw.
+            last: no other request follows: each component but the decoder gives its memory back after its
+                last run, so that the UNet is gone when the VAE decodes.
 
         Raises:
             UsageError: a size that the model cannot draw.
@@ -133,8 +138,12 @@ class Pipeline:
         tokens, guided = self.tokenizer.max_length, _guidance(request) > 1
         yield from self.sessions.choose(unet_work(self.bundle, request, cells, tokens, guided=guided))
         states = yield from self._encode(request)
+        if last:
+            self.sessions.release("text_encoder")
         for work in _batches(request.count, request.batch_size):
             latents = yield from self._denoise(request, states, work, cells)
+            if last and work.index == work.batches - 1:
+                self.sessions.release("unet")
             images = yield from self._decode(latents)
             for index, image in enumerate(images, start=work.first):
                 yield ImageReady(index, image, self._record(request, index, width, height))

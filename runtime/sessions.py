@@ -54,6 +54,7 @@ class Sessions:
         self.bundle, self.settings = bundle, settings
         self.choice = ""  # why ``auto`` took this backend, empty for one that was named
         self._held: dict[str, tuple[tuple[Shapes, bool], Session]] = {}
+        self._in_force: dict[str, InForce] = {}
         self._process = ExitStack()  # keeps the child of a backend that runs in one
         self._wrap: Wrap = wrap or (lambda component, session: session)
         self._auto: Auto | None = None
@@ -79,12 +80,13 @@ class Sessions:
         for _, session in self._held.values():
             session.close()
         self._held.clear()
+        self._in_force.clear()
         self._process.close()
 
     @property
     def in_force(self) -> dict[str, InForce]:
-        """What the engine says it uses, by component."""
-        return {component: session.in_force for component, (_, session) in self._held.items()}
+        """What the engine says it uses, or used for what was released, by component."""
+        return dict(self._in_force)
 
     def release(self, component: str) -> None:
         """Give back the memory of one component; it is prepared again when it is needed."""
@@ -103,7 +105,7 @@ class Sessions:
             chosen = self._auto.choose(work, self._options(work.shapes), memory)
         self._switch()
         if chosen.session is not None:
-            self._held["unet"] = ((work.shapes, work.guided), self._wrap("unet", chosen.session))
+            self._hold("unet", (work.shapes, work.guided), chosen.session)
         for text in chosen.warnings:
             yield Warned(text)
         self.choice = chosen.why
@@ -137,9 +139,14 @@ class Sessions:
                     raise
                 yield Warned(self._auto.go_on(error))
                 self._switch()
+        session = self._hold(component, wanted, session)
+        yield PhaseFinished("load", time.perf_counter() - start, component)
+        return session
+
+    def _hold(self, component: str, wanted: tuple[Shapes, bool], session: Session) -> Session:
         session = self._wrap(component, session)
         self._held[component] = (wanted, session)
-        yield PhaseFinished("load", time.perf_counter() - start, component)
+        self._in_force[component] = session.in_force
         return session
 
     def _enter(self) -> None:

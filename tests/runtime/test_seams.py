@@ -48,6 +48,43 @@ def test_every_session_is_wrapped_once(emoji: Bundle) -> None:
     assert seen == ["text_encoder", "unet", "vae_decoder"]
 
 
+class Watched:
+    """A session that tells when it runs and when it is closed."""
+
+    def __init__(self, component: str, inner: Session, told: list[str]) -> None:
+        self.in_force = inner.in_force
+        self._component, self._inner, self._told = component, inner, told
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._told[-1:] != [f"run {self._component}"]:
+            self._told.append(f"run {self._component}")
+        return self._inner.run(feeds)
+
+    def close(self) -> None:
+        self._told.append(f"close {self._component}")
+        self._inner.close()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_needed_no_more_is_closed(emoji: Bundle, last: bool) -> None:
+    told: list[str] = []
+    sessions = Sessions(emoji, NULL, wrap=lambda component, inner: Watched(component, inner, told))
+    request = Request("owl", steps=2, count=4, batch_size=2)
+    with Pipeline(emoji, sessions) as pipeline:
+        images = [e for e in pipeline.generate(request, last=last) if isinstance(e, ImageReady)]
+    encoder, unet, decoder = "text_encoder", "unet", "vae_decoder"
+    # The second batch has the shapes of the first.
+    runs = [f"run {name}" for name in (encoder, unet, decoder, unet, decoder)]
+    if last:
+        runs.insert(1, f"close {encoder}")
+        runs.insert(5, f"close {unet}")
+        assert told == [*runs, f"close {decoder}"]
+    else:
+        assert told == [*runs, *(f"close {name}" for name in (encoder, unet, decoder))]
+    for image in images:
+        assert set(image.record.in_force) == {encoder, unet, decoder}
+
+
 def test_a_check_of_ones_own_sees_the_pixels(emoji: Bundle) -> None:
     seen: list[tuple[tuple[int, ...], str]] = []
 
