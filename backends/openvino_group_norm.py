@@ -20,16 +20,18 @@ left in float32. The mark can be read from a file of OpenVINO's own format and n
 what happens to the sums is such a file, read once and copied for each layer. What the last kernel adds it is
 given as the sum of two numbers of 8 bits (Dekker 1971), since an error there moves a whole channel.
 
-A layer becomes 20 nodes more, and those take 20 ms to compile, so only large images are worth it: 18 of the
-61 layers of Stable Diffusion 1.5's UNet at 512x512, and all of its VAE's.
+A layer becomes 26 nodes more, and those take 20 ms to compile, so only large images are worth it: 15 of the
+61 layers of Stable Diffusion 1.5's UNet at 512x512, and all of its VAE's. The three layers that guidance
+shares have half the batch: they gained 0.06 % of a step and cost 4 % of the compilation.
 
 Precondition: static shapes; ``GroupNormalization`` of ``(n, c, h, w)`` whose scale and bias are stored, and
-whose c h w is ``LEAST`` or more. Postcondition: none of these is left.
+whose n c h w is ``LEAST`` or more. Postcondition: none of these is left.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ from .openvino_storage import stored_values
 # 2026.2.1 has another mark, and loses it where it joins value by value operators to one kernel.
 MARKED_SINCE = (2026, 4)
 _MARK = '<attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16,bf16"/>'
-LEAST = 1 << 20
+LEAST = 1 << 21
 _UNMARKED = ("Const", "Parameter", "Result")
 _PIXELS = (2, 3)
 _SPLITTER = 2.0**16 + 1  # leaves the 8 bits of bf16 out of float32's 24
@@ -96,7 +98,7 @@ def _fits(op: Any) -> bool:
     if op.get_type_name() != "GroupNormalization" or op.get_output_partial_shape(0).is_dynamic:
         return False
     shape = list(op.output(0).get_shape())
-    if len(shape) != 4 or np.prod(shape[1:]) < LEAST:
+    if len(shape) != 4 or math.prod(shape) < LEAST:
         return False
     return all(stored_values(op.input_value(i)) is not None for i in (1, 2))
 

@@ -123,8 +123,10 @@ def _product(small: Any, kernel: StoredWeight) -> Any:
     out = kernel.values.shape[0]
     tokens = ops.transpose(small, integers(0, 2, 3, 1))
 
+    taps = np.ascontiguousarray(kernel.values.transpose(2, 3, 0, 1))
+
     def tap(row: int, column: int) -> Any:
-        return ops.matmul(tokens, weight(kernel.values[:, :, row, column], kernel.scale), False, True)
+        return ops.matmul(tokens, weight(taps[row, column], kernel.scale), False, True)
 
     columns = [_doubled([tap(row, column) for row in range(3)], _ROWS) for column in range(3)]
     rows = []

@@ -10,7 +10,7 @@ import pytest
 
 from kiln.backends import openvino_compile
 from kiln.backends.base import GraphSource, PrepareOptions
-from kiln.backends.openvino_constants import LARGEST, share_constants
+from kiln.backends.openvino_constants import LARGEST, LARGEST_CAST, share_constants
 from kiln.backends.registry import get_backend, why_unusable
 from kiln.bundle import open_bundle
 
@@ -50,10 +50,41 @@ def test_no_two_small_constants_are_equal(unet: GraphSource) -> None:
     assert share_constants(model) > 300
     after = [one for one in constants(model) if np.prod(one[1]) <= LARGEST]
     assert len(after) == len(set(after))
-    assert set(constants(model)) <= set(before) | set(after)
+    cast = {one[2] for one in before if one[0] == "f16"}
+    made = set(constants(model)) - set(before) - set(after)
+    assert all(kind == "f32" and as_fp16(values) in cast for kind, _, values in made)
     kinds = {op.get_type_name() for op in model.get_ops()}
     assert not kinds & {"Range", "ConvertLike"}
     assert share_constants(model) == 0
+
+
+def as_fp16(values: bytes) -> bytes:
+    return np.frombuffer(values, np.float32).astype(np.float16).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "wanted", "left"),
+    [
+        (LARGEST_CAST, np.float16, np.float32, False),
+        (LARGEST_CAST + 1, np.float16, np.float32, True),
+        (16, np.float16, np.float64, True),
+        (16, np.int8, np.float32, True),
+    ],
+)
+def test_small_casts_of_fp16_are_done(size: int, stored: Any, wanted: Any, left: bool) -> None:
+    import openvino
+    from openvino import opset13 as ops
+
+    values = (100 * np.random.default_rng(0).standard_normal(size)).astype(stored)
+    given = ops.parameter([size], wanted, name="given")
+    model = openvino.Model([ops.add(given, ops.convert(ops.constant(values), wanted))], [given], "cast")
+    assert share_constants(model) == (0 if left else 1)
+    kinds = [op.get_type_name() for op in model.get_ops()]
+    assert ("Convert" in kinds) == left
+    if not left:
+        [found] = [op.get_data() for op in model.get_ops() if op.get_type_name() == "Constant"]
+        assert found.dtype == np.float32
+        assert np.array_equal(found, values.astype(np.float32))
 
 
 def test_what_differs_stays() -> None:
