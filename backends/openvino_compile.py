@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,7 +37,11 @@ from .session import check_port_names
 WEIGHTLESS_SINCE = (2026, 4)
 
 # Raised when a lowering changes, or what is asked of the engine, so that old entries are not used.
-CACHE_VERSION = 8
+CACHE_VERSION = 9
+
+# Seconds until a compiled model is exported, which holds Python's lock for 0.2 s: by then the caller is
+# running the model, which does not.
+_HEAD_START = 0.05
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,15 @@ def compiled_model(core: Any, plan: Plan) -> Compiled:
             return compiled
     compiled = _compile(core, plan, properties)
 
+    small = may_have_kernels(plan.source.weights_path)
+
     def exported() -> list[bytes]:
+        time.sleep(0 if small else _HEAD_START)
         blobs = [_exported(part) for part in (compiled.model, compiled.prompt) if part is not None]
         return _framed(blobs) if _may_have_prompt(plan) else blobs
 
     kept.store_later(key, exported)
-    if may_have_kernels(plan.source.weights_path):
+    if small:
         kept.wait(key)  # or the entry is in memory beside what runs, and peak memory is what int8 is for
     trim_heap()
     return replace(compiled, settle=functools.partial(kept.wait, key))
