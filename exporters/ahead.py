@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 # What may be done before its turn, in bytes: enough that large and small tensors even out.
-_AHEAD = 64 << 20
+_AHEAD = 128 << 20
 _MOST_THREADS = 4  # each has its own working memory, and the file is written by one
 
 

@@ -47,12 +47,12 @@ class SelfUpdate:
             other = np.einsum("abhw,bi->aihw", self.module.read("bm"), matrix(other), optimize=True)
         other = matrix(other)
         factor = np.float32(scale_of(self.module, left.shape[1]) * strength)
+        left, own = left * factor, own * factor
         kernel = math.prod(shape[2:])
         both, spare = np.concatenate([other, right]) if kernel == 1 else right, Spare()
 
         def linear(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
             np.matmul(np.concatenate([own[start:stop], running @ left], axis=1), both, out=out)
-            np.multiply(out, factor, out=out)
 
         def convolution(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
             np.matmul(own[start:stop], other, out=out)
@@ -60,7 +60,6 @@ class SelfUpdate:
             weight = running.reshape(stop - start, shape[1], kernel)
             product = np.matmul(right.T, left.T @ weight, out=spare.like(weight.shape))
             np.add(out, product.reshape(out.shape), out=out)
-            np.multiply(out, factor, out=out)
 
         return Rows(linear if kernel == 1 else convolution)
 

@@ -27,9 +27,10 @@ class Hadamard:
     scale: float
     shape: tuple[int, ...]
 
-    def fill(self) -> Fill:
+    def fill(self, factor: float) -> Fill:
         """Rows of both halves, multiplied."""
         left1, right1 = self._half(1)
+        left1 = left1 * np.float32(factor)
         left2, right2 = self._half(2)
         spare = Spare()
 

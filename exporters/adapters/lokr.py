@@ -26,9 +26,9 @@ class Kronecker:
     scale: float
     shape: tuple[int, ...]
 
-    def fill(self) -> Fill:
+    def fill(self, factor: float) -> Fill:
         """Rows of the product: row ``a * k + b`` holds every ``w1[a] * w2[b]``."""
-        first, second = self._first(), self._second()
+        first, second = self._first() * np.float32(factor), self._second()
         k = len(second)
 
         def fill(start: int, stop: int, out: np.ndarray) -> None:

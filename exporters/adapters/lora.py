@@ -49,7 +49,7 @@ class LowRank:
     shape: tuple[int, ...]
     rank: int
 
-    def fill(self) -> Fill:
+    def fill(self, factor: float) -> Fill:
         """Rows of ``up`` times all the rest."""
         up, down = self.module.read("up"), self.module.read("down")
         up, down = up.reshape(up.shape[:2]), matrix(down)
@@ -58,6 +58,7 @@ class LowRank:
             down = matrix(np.einsum("abhw,bi->aihw", self.module.read("mid"), down, optimize=True))
         elif self.rank < len(down):
             up, down = np.ascontiguousarray(up[:, : self.rank]), down[: self.rank]
+        up = up * np.float32(factor)
 
         def fill(start: int, stop: int, out: np.ndarray) -> None:
             np.matmul(up[start:stop], down, out=out)

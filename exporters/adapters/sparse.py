@@ -27,14 +27,14 @@ class Scattered:
     scale: float
     shape: tuple[int, ...]
 
-    def fill(self) -> Fill:
+    def fill(self, factor: float) -> Fill:
         """Rows of zeros with the values among them; those of one place are summed."""
         indices = self.module.integers("bias_indices")
         rows = indices[0]
         columns = np.ravel_multi_index(tuple(indices[1:]), self.shape[1:])
         order = np.argsort(rows, kind="stable")
         rows, columns = rows[order], columns[order]
-        values = self.module.read("bias_values").reshape(-1)[order]
+        values = self.module.read("bias_values").reshape(-1)[order] * np.float32(factor)
 
         def fill(start: int, stop: int, out: np.ndarray) -> None:
             low, high = np.searchsorted(rows, (start, stop))

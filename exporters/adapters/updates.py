@@ -1,7 +1,8 @@
 """What the families share: how a change fits a weight, how it is scaled, and the updates made of it.
 
-Most families add something that does not depend on the weight. Such an *addend* fills rows of its change at
-full strength; ``AddUpdate`` adds it, and DoRA decomposes the weight together with it.
+Most families add something that does not depend on the weight. Such an *addend* fills rows of its change,
+times a factor that costs nothing where it is taken into the smallest of its tensors; ``AddUpdate`` adds it,
+and DoRA decomposes the weight together with it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .blocks import Spare, row_blocks
 MAX_RANK = 1024
 
 Fill = Callable[[int, int, np.ndarray], None]
-"""``fill(start, stop, out)`` writes rows of a change, flattened, without its scale and strength."""
+"""``fill(start, stop, out)`` writes rows of a change, flattened."""
 
 
 class Addend(Protocol):
@@ -35,8 +36,8 @@ class Addend(Protocol):
         """The factor of the product, without the strength."""
         ...
 
-    def fill(self) -> Fill:
-        """Read the tensors and give what writes the rows."""
+    def fill(self, factor: float) -> Fill:
+        """Read the tensors and give what writes the rows times ``factor``."""
         ...
 
 
@@ -130,19 +131,13 @@ class AddUpdate:
 
     def rows(self, shape: tuple[int, ...], strength: float) -> Rows:
         """Rows of the scaled change."""
-        fill = fill_for(self.change, shape)
-        factor = np.float32(self.change.scale * strength)
-
-        def scaled(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
-            fill(start, stop, out)
-            np.multiply(out, factor, out=out)
-
-        return Rows(scaled)
+        fill = fill_for(self.change, shape, self.change.scale * strength)
+        return Rows(lambda start, stop, running, out: fill(start, stop, out))
 
 
-def fill_for(change: Addend, shape: tuple[int, ...]) -> Fill:
-    """What fills rows of a weight of ``shape``: the change, with zeros for the channels that it lacks."""
-    fill = change.fill()
+def fill_for(change: Addend, shape: tuple[int, ...], factor: float) -> Fill:
+    """What fills rows of a weight of ``shape``: factor times the change, zeros for channels that it lacks."""
+    fill = change.fill(factor)
     if not pads(change.shape, shape):
         return fill
     columns = math.prod(change.shape[1:])  # the latent comes first, so they are the first columns
@@ -155,19 +150,16 @@ def fill_for(change: Addend, shape: tuple[int, ...]) -> Fill:
     return padded
 
 
-def summed(changes: Sequence[Addend], shape: tuple[int, ...]) -> Fill:
-    """Rows of all changes of a weight of ``shape``, each times its scale."""
-    parts = [(fill_for(change, shape), np.float32(change.scale)) for change in changes]
+def summed(changes: Sequence[Addend], shape: tuple[int, ...], strength: float = 1.0) -> Fill:
+    """Rows of all changes of a weight of ``shape``, each times its scale, and all times ``strength``."""
+    first, *others = (fill_for(change, shape, change.scale * strength) for change in changes)
     spare = Spare()
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
-        first, scale = parts[0]
         first(start, stop, out)
-        out *= scale
-        for more, scale in parts[1:]:
+        for more in others:
             part = spare.like(out.shape)
             more(start, stop, part)
-            part *= scale
             out += part
 
     return fill
@@ -190,13 +182,8 @@ class SumUpdate:
 
     def rows(self, shape: tuple[int, ...], strength: float) -> Rows:
         """Rows of the sum."""
-        fill, factor = summed(self.changes, shape), np.float32(strength)
-
-        def scaled(start: int, stop: int, running: np.ndarray, out: np.ndarray) -> None:
-            fill(start, stop, out)
-            out *= factor
-
-        return Rows(scaled)
+        fill = summed(self.changes, shape, strength)
+        return Rows(lambda start, stop, running, out: fill(start, stop, out))
 
 
 def joined(updates: Sequence[WeightUpdate]) -> tuple[WeightUpdate, ...]:
@@ -229,12 +216,14 @@ class Stored:
         """That of the tensor."""
         return self.module.shape(self.name)
 
-    def fill(self) -> Fill:
+    def fill(self, factor: float) -> Fill:
         """Rows of the tensor, cast as they are used."""
         stored = matrix(self.module.source.read(self.module.keys[self.name]))
+        times = np.float32(factor)
 
         def fill(start: int, stop: int, out: np.ndarray) -> None:
             out[:] = stored[start:stop]
+            out *= times
 
         return fill
 
