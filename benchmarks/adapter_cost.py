@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ..bundle import is_bundle
 from ..errors import AdapterError
@@ -111,7 +112,8 @@ def family_cost(work: Path, adapter: Path, repeat: int) -> tuple[float, ...]:
     for _ in range(repeat):
         read_through(adapter)
         seconds, count = 0.0, 0
-        with plan_bake(shapes, [AdapterRef(adapter, _STRENGTH)]) as plan:
+        # As in a bake, which works on tensors side by side.
+        with threadpool_limits(1), plan_bake(shapes, [AdapterRef(adapter, _STRENGTH)]) as plan:
             for network in _NETWORKS:
                 weights = TensorFile.open(work / "bundle" / network / "weights.safetensors")
                 for name in filter(weights.infos.__contains__, shapes[network]):
