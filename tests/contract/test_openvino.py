@@ -99,6 +99,27 @@ def test_cache_holds_no_weights(graph_case: Any, weights: Any, write: Any, tmp_p
     assert blob.stat().st_size < 100_000
 
 
+@pytest.mark.parametrize("head_start", [1.0, 0.0])
+def test_nobody_waits_for_the_export(
+    graph_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_start: float
+) -> None:
+    """With no head start the first to ask is either; with one it has gone on."""
+    told = []
+    exported = openvino_compile._exported
+
+    def telling(compiled: Any) -> bytes:
+        told.append("exported")
+        return exported(compiled)
+
+    monkeypatch.setattr(openvino_compile, "_exported", telling)
+    monkeypatch.setattr(openvino_compile, "_HEAD_START", head_start)
+    session = BACKEND.prepare(graph_case.source, replace(FP32, cache_dir=tmp_path))
+    told.append("prepared")
+    session.close()
+    assert sorted(set(told)) == ["exported", "prepared"]
+    assert head_start == 0 or told[0] == "prepared"
+
+
 @weightless
 def test_cached_model_reads_the_weights_file(
     graph_case: Any, feeds: Any, weights: Any, write: Any, tmp_path: Path
