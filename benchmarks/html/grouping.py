@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...errors import UsageError
 from ..records.compare import compare
+from ..records.labels import told_apart
 from ..records.record import Record, WorkloadFacts
 from .text import LABEL_LIMIT, clean
 
@@ -115,15 +116,12 @@ def group_records(records: Sequence[Record], baseline: str | None = None) -> tup
     groups, number = [], 0
     for part in parts.values():
         entries = []
-        for record in sorted(part, key=_rank):
+        ranked = sorted(part, key=_rank)
+        for record, name in zip(ranked, told_apart(ranked), strict=True):
             number += 1
-            entries.append(Entry(record, number, _label(record)))
+            entries.append(Entry(record, number, clean(name, LABEL_LIMIT) or "without a label"))
         groups.append(Group(part[0].workload, tuple(entries), _baseline(part, entries, baseline)))
     return tuple(groups)
-
-
-def _label(record: Record) -> str:
-    return clean(record.label, LABEL_LIMIT) or "without a label"
 
 
 def _drawn(load: WorkloadFacts) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import StorageError, UsageError
+from .labels import told_apart
 from .leaks import Identity, find_leaks, find_picture_leaks
 from .merge import image_files, write_file
 from .record import Record
@@ -138,16 +139,16 @@ def readme(records: Sequence[Record]) -> str:
         records=RECORDS,
         schema=SCHEMA,
         checksums=CHECKSUMS,
-        rows="\n".join(_row(record) for record in records),
+        rows="\n".join(_row(*row) for row in zip(records, told_apart(records), strict=True)),
     )
 
 
-def _row(record: Record) -> str:
+def _row(record: Record, name: str) -> str:
     image = record.stats.image
     seconds = "not timed" if image is None else f"{image.median:.4g}"
     if image is not None and image.interval:
         seconds += f" ({image.interval[0]:.4g} to {image.interval[1]:.4g})"
-    cells = (record.label, record.workload.id, seconds, record.verdict)
+    cells = (name, record.workload.id, seconds, record.verdict)
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
