@@ -33,6 +33,9 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lora_unet.", (UNET,)),  # OneTrainer's own names, which it also saves
     ("oft_unet_", (UNET,)),
     ("lycoris_unet_", (UNET,)),
+    ("lycoris_te1_", (TEXT,)),
+    ("lycoris_te2_", (TEXT_2,)),
+    ("lycoris_te_", (TEXT,)),  # sd-mecha writes kohya's names with LyCORIS's prefix
     ("lycoris_", (UNET, TEXT, TEXT_2)),
     ("lora_te1_", (TEXT,)),
     ("lora_te1.", (TEXT,)),

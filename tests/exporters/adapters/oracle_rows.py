@@ -158,8 +158,9 @@ DIALECTS = (
     Dialect(
         "LyCORIS's own",
         "`lycoris_down_blocks_0_[…]_attn1_to_q.hada_w1_a`",
-        "lycoris, as writer and reader, 19 kinds of network; real LoKr files",
+        "lycoris, as writer and reader, 19 kinds of network; sd-mecha's names (by hand); real LoKr files",
         (
+            "test_against_sd_mecha::test_every_layer_is_found",
             "test_against_lycoris_networks::test_a_whole_unet_is_what_lycoris_merges",
             "test_real_files::test_a_real_lokr_is_the_reference",
         ),

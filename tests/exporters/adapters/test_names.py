@@ -130,9 +130,10 @@ TEXT_QUERY = "text_model.encoder.layers.3.self_attn.q_proj"
             "base_model.model.text_encoder_2.", "text_encoder_2.base_model.model.",
         )),
         *((prefix + TEXT_QUERY.replace(".", "_"), "text_encoder") for prefix in (
-            "lora_te_", "lora_te1_", "lycoris_",
+            "lora_te_", "lora_te1_", "lycoris_", "lycoris_te_", "lycoris_te1_",
         )),
         ("lora_te2_" + TEXT_QUERY.replace(".", "_"), "text_encoder_2"),
+        ("lycoris_te2_" + TEXT_QUERY.replace(".", "_"), "text_encoder_2"),
         ("text_encoder_2." + TEXT_QUERY.replace("q_proj", "to_q"), "text_encoder_2"),
         ("text_encoder." + TEXT_QUERY.replace("text_model.", ""), "text_encoder"),
     ],
