@@ -96,16 +96,17 @@ def compiled_model(core: Any, plan: Plan) -> Compiled:
             return compiled
     compiled = _compile(core, plan, properties)
 
-    small = may_have_kernels(plan.source.weights_path)
+    # Or the entry is in memory beside what runs, and peak memory is what int8 is for.
+    at_once = may_have_kernels(plan.source.weights_path)
 
     def exported() -> list[bytes]:
-        time.sleep(0 if small else _HEAD_START)
+        time.sleep(0 if at_once else _HEAD_START)
         blobs = [_exported(part) for part in (compiled.model, compiled.prompt) if part is not None]
         return _framed(blobs) if _may_have_prompt(plan) else blobs
 
     kept.store_later(key, exported)
-    if small:
-        kept.wait(key)  # or the entry is in memory beside what runs, and peak memory is what int8 is for
+    if at_once:
+        kept.wait(key)
     trim_heap()
     return replace(compiled, settle=functools.partial(kept.wait, key))
 

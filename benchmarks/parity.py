@@ -38,11 +38,10 @@ _PARITY: dict[str, Threshold] = {
     "parity_fp16_image_ssim": Threshold(0.99, False, "the same, structural similarity"),
     # The bundled model with int8 weights against its fp16 bundle in fp32, openvino in fp32 and bf16 and
     # onnxruntime: components 2.3e-2 and 0.9997, latents 4.2e-2 and 0.9991; images as the gate of int8.
-    # Full-size SD1.5 with random weights, 256x256, openvino: components 3.1e-2 and 0.9995 in fp32, 3.7e-2 and
-    # 0.9993 in bf16, latents 4.8e-2 and 0.9989, images 35.2 dB. The first limits of components, 3e-2 and
-    # 0.9995, came from the bundled model alone.
-    "parity_int8_component_relative_l2": Threshold(5e-2, True, "a component with int8 weights against fp32"),
-    "parity_int8_component_cosine": Threshold(0.999, False, "the same, angle"),
+    # Full-size SD1.5 with random weights, 256x256, openvino, misses those of components: 3.05e-2 in fp32,
+    # 3.7e-2 and 0.9993 in bf16; latents 4.8e-2 and 0.9989, images 35.2 dB.
+    "parity_int8_component_relative_l2": Threshold(3e-2, True, "a component with int8 weights against fp32"),
+    "parity_int8_component_cosine": Threshold(0.9995, False, "the same, angle"),
     "parity_int8_latents_relative_l2": Threshold(0.12, True, "latents after the last step, int8 weights"),
     "parity_int8_latents_cosine": Threshold(0.995, False, "the same, angle"),
     "parity_int8_image_psnr_db": INT8_LIMITS["int8_image_psnr_db"],

@@ -99,11 +99,10 @@ def test_cache_holds_no_weights(graph_case: Any, weights: Any, write: Any, tmp_p
     assert blob.stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("head_start", [1.0, 0.0])
 def test_nobody_waits_for_the_export(
-    graph_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_start: float
+    graph_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no head start the first to ask is either; with one it has gone on."""
+    """Who asked for a model has it before it is exported; a second is much even for a busy machine."""
     told = []
     exported = openvino_compile._exported
 
@@ -112,12 +111,11 @@ def test_nobody_waits_for_the_export(
         return exported(compiled)
 
     monkeypatch.setattr(openvino_compile, "_exported", telling)
-    monkeypatch.setattr(openvino_compile, "_HEAD_START", head_start)
+    monkeypatch.setattr(openvino_compile, "_HEAD_START", 1.0)
     session = BACKEND.prepare(graph_case.source, replace(FP32, cache_dir=tmp_path))
     told.append("prepared")
     session.close()
-    assert sorted(set(told)) == ["exported", "prepared"]
-    assert head_start == 0 or told[0] == "prepared"
+    assert told == ["prepared", "exported"]
 
 
 @weightless
