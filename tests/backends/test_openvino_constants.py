@@ -50,16 +50,10 @@ def test_no_two_small_constants_are_equal(unet: GraphSource) -> None:
     assert share_constants(model) > 300
     after = [one for one in constants(model) if np.prod(one[1]) <= LARGEST]
     assert len(after) == len(set(after))
-    cast = {one[2] for one in before if one[0] == "f16"}
-    made = set(constants(model)) - set(before) - set(after)
-    assert all(kind == "f32" and as_fp16(values) in cast for kind, _, values in made)
+    assert set(constants(model)) <= set(before) | set(after)
     kinds = {op.get_type_name() for op in model.get_ops()}
     assert not kinds & {"Range", "ConvertLike"}
     assert share_constants(model) == 0
-
-
-def as_fp16(values: bytes) -> bytes:
-    return np.frombuffer(values, np.float32).astype(np.float16).tobytes()
 
 
 @pytest.mark.parametrize(
