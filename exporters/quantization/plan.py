@@ -11,6 +11,7 @@ import numpy as np
 from ...errors import CheckpointError
 from ...int8 import SCALE_SUFFIX
 from .attention import score_operands
+from .hurting import hurting_weights
 from .qdq import Operand, Site, operands, quantize_activations, sites
 from .quantize import quantize_weight
 from .store import Calibration
@@ -61,13 +62,15 @@ def activations(graph: onnx.ModelProto, chosen: Sequence[Site]) -> tuple[Operand
 class Int8Plan:
     """What becomes int8 in a bundle: weights by component, and with a calibration the UNet's activations.
 
-    ``able`` are those that may; which of them do, the calibration says.
+    ``able`` are those that may; which of them do, the calibration says. ``left`` are the UNet's weights that
+    stay in floating point because they hurt.
     """
 
     precision: str
     chosen: Mapping[str, tuple[Site, ...]]
     able: tuple[Operand, ...] = ()
     calibration: Calibration | None = None
+    left: tuple[str, ...] = ()
     _scales: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def types(self, component: str) -> dict[str, str]:
@@ -115,10 +118,23 @@ class Int8Plan:
         """For the manifest: how many weights and activations are int8, and what was kept because it hurt."""
         chosen = self.chosen.get(component, ())
         facts: dict[str, object] = {"weights": len(chosen)}
-        if component == "unet" and self.calibration is not None:
-            facts["activations"] = len(self.quantized_activations)
-            facts["kept"] = list(self.calibration.kept)
-        return facts
+        if component != "unet":
+            return facts
+        if self.calibration is None:
+            return facts | {"kept": list(self.left)}
+        activations = len(self.quantized_activations)
+        return facts | {"activations": activations, "kept": list(self.calibration.kept)}
+
+
+def weights_plan(chosen: Mapping[str, tuple[Site, ...]]) -> Int8Plan:
+    """The plan of int8 weights alone, without those of the UNet that hurt.
+
+    With int8 activations they are quantized all the same: their kernels would be of floats else, and which of
+    them hurt is measured then.
+    """
+    left = hurting_weights(site.weight for site in chosen["unet"])
+    unet = tuple(site for site in chosen["unet"] if site.weight not in left)
+    return Int8Plan(WEIGHTS, {**chosen, "unet": unet}, left=left)
 
 
 def bind_scales(graph: onnx.ModelProto, placed: Mapping[str, Placed], location: str) -> None:

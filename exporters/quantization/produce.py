@@ -18,7 +18,7 @@ from ...errors import ParityError, UsageError
 from .calibrate import Fit, Watched, measure_fit, watch
 from .engines import open_graph
 from .gate import GATE_WORK, check_parity, measure_parity
-from .plan import FULL, Int8Plan, activations, weight_sites
+from .plan import FULL, Int8Plan, activations, weight_sites, weights_plan
 from .qdq import Operand, Site
 from .sensitivity import (
     SWITCHES,
@@ -108,7 +108,7 @@ class Int8Work:
         """
         chosen = {c: weight_sites(c, graph) for c, graph in self.model.graphs.items()}
         if self.precision != FULL:
-            return Int8Plan(self.precision, chosen)
+            return weights_plan(chosen)
         if not chosen["unet"]:
             raise UsageError("the UNet is too small for int8; export it as fp16")
         able = activations(self.model.graphs["unet"], chosen["unet"])

@@ -23,6 +23,7 @@ from kiln.exporters.adapters.base import AdapterRef
 from kiln.exporters.export import ExportReport, ExportSpec, bake, export
 from kiln.exporters.quantization import gate, plan, produce
 from kiln.exporters.quantization.engines import open_graph
+from kiln.exporters.quantization.hurting import hurting_weights
 from kiln.exporters.quantization.produce import Int8Options
 from kiln.exporters.quantization.quantize import quantize_weight
 from kiln.exporters.quantization.trajectories import Work
@@ -80,11 +81,19 @@ def test_every_weight_is_the_float_one_quantized_or_as_it_was(
         for name in set(before) - int8:
             np.testing.assert_array_equal(after[name], before[name])
         onnx.checker.check_model(str(bundle.path / component / "model.onnx"), full_check=True)
+    kept = bundle.manifest["components"]["unet"]["int8"]["kept"]
+    assert kept == list(hurting_weights(kept))
+    assert kept
+    assert not set(kept) & {name for name, value in after_unet(bundle).items() if value.dtype == np.int8}
     assert report.int8 == {}
     assert "parity" not in bundle.manifest
     assert bundle.manifest["storage"] == "int8"
     float_bytes = (tiny_bundle / "unet/weights.safetensors").stat().st_size
     assert (bundle.path / "unet/weights.safetensors").stat().st_size < 0.5 * float_bytes
+
+
+def after_unet(bundle: Bundle) -> dict[str, np.ndarray]:
+    return load_file(bundle.path / "unet/weights.safetensors")
 
 
 def test_the_manifest_says_what_was_measured(made: dict[str, tuple[Bundle, ExportReport]]) -> None:
@@ -203,8 +212,13 @@ def test_a_lora_is_baked_before_quantizing(
     export(ExportSpec(tiny_sd1, tmp_path / "float", refs))
     baked = load_file(tmp_path / "float/unet/weights.safetensors")
     found = load_file(tmp_path / "baked-int8/unet/weights.safetensors")
-    changed = next(name for name in baked if name.endswith("attn1.to_q.weight"))
-    np.testing.assert_array_equal(found[changed], quantize_weight(baked[changed]).values)
+    changed = [name for name in baked if name.endswith("attn1.to_q.weight")]
+    (quantized,) = {found[name].dtype for name in changed if name.startswith("mid_block")}
+    assert quantized == np.int8
+    for name in changed:
+        in_int8 = found[name].dtype == np.int8
+        expected = quantize_weight(baked[name]).values if in_int8 else baked[name]
+        np.testing.assert_array_equal(found[name], expected)
 
 
 def test_a_bake_is_checked_against_the_calibration(
