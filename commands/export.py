@@ -30,6 +30,13 @@ def _int8_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="TEXT",
             help="int8-full: what to draw to calibrate, in place of Kiln's own. Repeat for more.",
         ),
+        click.option(
+            "--most-kept",
+            type=click.FloatRange(0, 1),
+            metavar="SHARE",
+            help="int8-full: how much of the UNet's multiplications may stay in higher precision where int8 "
+            "hurts, 0 to 1. [default: 0.1]",
+        ),
         click.option("--recalibrate", is_flag=True, help="int8-full: measure anew, adapters and all."),
         click.option(
             "--calibration",
@@ -48,6 +55,7 @@ def _int8(options: dict[str, Any]) -> Int8Options:
     return Int8Options(
         calibration=options["calibration"],
         recalibrate=options["recalibrate"],
+        most_kept=options["most_kept"],
         gate=not options["no_gate"],
         min_parity=options["min_parity"],
         **({"prompts": prompts} if prompts else {}),

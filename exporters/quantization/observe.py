@@ -21,7 +21,7 @@ SHRINKS = tuple(np.linspace(1.0, 0.3, 29).tolist())
 
 
 def observing_graph(graph: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a graph with three more outputs for each tensor: its least, its largest, and some values.
+    """A copy of a graph with four more outputs for each tensor: least, largest, some values, how many.
 
     The values are every n-th of the flattened tensor. n is one more than a multiple of 30, because sizes and
     channels of these networks are products of 2, 3 and 5: so no channel is looked at more than another.
@@ -41,15 +41,15 @@ def observing_graph(graph: onnx.ModelProto, tensors: Sequence[str]) -> onnx.Mode
     }
     made.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in constants.items())
     for index, tensor in enumerate(tensors):
-        low, high, some = observation_names(index)
+        low, high, some, size = observation_names(index)
         stem = f"observe_{index}"
         made.graph.node.extend(
             [
                 helper.make_node("Reshape", [tensor, "observe_flat"], [f"{stem}_line"]),
                 helper.make_node("ReduceMin", [f"{stem}_line"], [low], keepdims=1),
                 helper.make_node("ReduceMax", [f"{stem}_line"], [high], keepdims=1),
-                helper.make_node("Shape", [f"{stem}_line"], [f"{stem}_size"]),
-                helper.make_node("Div", [f"{stem}_size", "observe_many"], [f"{stem}_times"]),
+                helper.make_node("Shape", [f"{stem}_line"], [size]),
+                helper.make_node("Div", [size, "observe_many"], [f"{stem}_times"]),
                 helper.make_node("Mul", [f"{stem}_times", "observe_unit"], [f"{stem}_even"]),
                 helper.make_node("Add", [f"{stem}_even", "observe_one"], [f"{stem}_stride"]),
                 helper.make_node(
@@ -62,28 +62,32 @@ def observing_graph(graph: onnx.ModelProto, tensors: Sequence[str]) -> onnx.Mode
         made.graph.output.extend(
             helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in (low, high, some)
         )
+        made.graph.output.append(helper.make_tensor_value_info(size, onnx.TensorProto.INT64, [1]))
     return made
 
 
-def observation_names(index: int) -> tuple[str, str, str]:
-    """Names of the outputs for the tensor of an index: least, largest, some values."""
-    return f"observe_{index}_low", f"observe_{index}_high", f"observe_{index}_some"
+def observation_names(index: int) -> tuple[str, str, str, str]:
+    """Names of the outputs for the tensor of an index: least, largest, some values, how many there are."""
+    stem = f"observe_{index}"
+    return f"{stem}_low", f"{stem}_high", f"{stem}_some", f"{stem}_size"
 
 
 class Observed:
-    """What was seen of some tensors over several runs."""
+    """What was seen of some tensors over several runs; ``sizes`` are their numbers of values in the last."""
 
     def __init__(self, tensors: Sequence[str], symmetric: Iterable[str] = ()) -> None:
         self.tensors = tuple(tensors)
         self._symmetric = frozenset(symmetric)
         self.lows = dict.fromkeys(tensors, float("inf"))
         self.highs = dict.fromkeys(tensors, float("-inf"))
+        self.sizes = dict.fromkeys(tensors, 0)
         self._samples: dict[str, list[np.ndarray]] = {tensor: [] for tensor in tensors}
 
     def add(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Take in the outputs of one run of an observing graph."""
         for index, tensor in enumerate(self.tensors):
-            low, high, some = (outputs[name] for name in observation_names(index))
+            low, high, some, size = (outputs[name] for name in observation_names(index))
+            self.sizes[tensor] = int(size[0])
             self.lows[tensor] = min(self.lows[tensor], float(low.min()))
             self.highs[tensor] = max(self.highs[tensor], float(high.max()))
             values = np.asarray(some, np.float32).ravel()

@@ -120,21 +120,33 @@ class Int8Plan:
         facts: dict[str, object] = {"weights": len(chosen)}
         if component != "unet":
             return facts
-        if self.calibration is None:
-            return facts | {"kept": list(self.left)}
-        activations = len(self.quantized_activations)
-        return facts | {"activations": activations, "kept": list(self.calibration.kept)}
+        facts["weights_kept"] = list(self.left)
+        if self.calibration is not None:
+            facts["activations"] = len(self.quantized_activations)
+            facts["kept"] = list(self.calibration.kept)
+        return facts
 
 
 def weights_plan(chosen: Mapping[str, tuple[Site, ...]]) -> Int8Plan:
-    """The plan of int8 weights alone, without those of the UNet that hurt.
-
-    With int8 activations they are quantized all the same: their kernels would be of floats else, and which of
-    them hurt is measured then.
-    """
+    """The plan of int8 weights alone, without those of the UNet that hurt."""
     left = hurting_weights(site.weight for site in chosen["unet"])
-    unet = tuple(site for site in chosen["unet"] if site.weight not in left)
-    return Int8Plan(WEIGHTS, {**chosen, "unet": unet}, left=left)
+    return Int8Plan(WEIGHTS, _without(left, chosen), left=left)
+
+
+def full_plan(
+    chosen: Mapping[str, tuple[Site, ...]], able: tuple[Operand, ...], calibration: Calibration
+) -> Int8Plan:
+    """The plan of int8 weights and activations.
+
+    A weight that hurts is quantized all the same if what it meets is: the product could not be of int8 else.
+    """
+    kept = set(calibration.kept)
+    left = tuple(name for name in hurting_weights(site.weight for site in chosen["unet"]) if name in kept)
+    return Int8Plan(FULL, _without(left, chosen), able, calibration, left)
+
+
+def _without(left: Sequence[str], chosen: Mapping[str, tuple[Site, ...]]) -> dict[str, tuple[Site, ...]]:
+    return {**chosen, "unet": tuple(site for site in chosen["unet"] if site.weight not in set(left))}
 
 
 def bind_scales(graph: onnx.ModelProto, placed: Mapping[str, Placed], location: str) -> None:

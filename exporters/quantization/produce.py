@@ -18,12 +18,14 @@ from ...errors import ParityError, UsageError
 from .calibrate import Fit, Watched, measure_fit, watch
 from .engines import open_graph
 from .gate import GATE_WORK, check_parity, measure_parity
-from .plan import FULL, Int8Plan, activations, weight_sites, weights_plan
+from .multiplications import multiplications
+from .plan import FULL, Int8Plan, activations, full_plan, weight_sites, weights_plan
 from .qdq import Operand, Site
 from .sensitivity import (
     SWITCHES,
     coarse_group,
     fine_group,
+    grouped,
     groups_to_keep,
     measure_sensitivity,
     switched_graph,
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Error of the UNet's output by quantized activations that is aimed at, relative L2 over the trajectory, and
-# the share of the groups that may stay in higher precision for it.
+# the share of the multiplications that may stay in higher precision for it.
 TARGET_ERROR = 0.012
-MOST_KEPT = 0.3
+MOST_KEPT = 0.1
 # A network above this is measured by whole blocks and at fewer points: a run takes seconds.
 _LARGE = 200_000_000
 
@@ -50,8 +52,9 @@ class Int8Options:
 
     ``calibration`` is a file made earlier, else the one of the bundle that is baked, else this machine's for
     the checkpoint, else it is measured. ``recalibrate`` measures on the model at hand, adapters and all.
-    ``prompts`` are drawn to calibrate. ``gate`` measures the parity with fp32 and refuses what is below the
-    limits, or below ``min_parity`` in decibels of PSNR if that is given.
+    ``prompts`` are drawn to calibrate; ``most_kept`` is the share of the UNet's multiplications that may stay
+    in higher precision where int8 hurts, None for the usual one. ``gate`` measures the parity with fp32 and
+    refuses what is below the limits, or below ``min_parity`` in decibels of PSNR if that is given.
     """
 
     calibration: Path | None = None
@@ -59,6 +62,7 @@ class Int8Options:
     prompts: tuple[str, ...] = CALIBRATION_PROMPTS
     steps: int = 8
     size: int | None = None
+    most_kept: float | None = None
     gate: bool = True
     min_parity: float | None = None
 
@@ -66,6 +70,11 @@ class Int8Options:
     def work(self) -> Work:
         """What is drawn to calibrate."""
         return Work(self.prompts, self.steps, self.size)
+
+    @property
+    def share_kept(self) -> float:
+        """``most_kept``, or the usual one."""
+        return MOST_KEPT if self.most_kept is None else self.most_kept
 
 
 class WriteFloat(Protocol):
@@ -112,9 +121,7 @@ class Int8Work:
         if not chosen["unet"]:
             raise UsageError("the UNet is too small for int8; export it as fp16")
         able = activations(self.model.graphs["unet"], chosen["unet"])
-        return Int8Plan(
-            self.precision, chosen, able, self._calibration(able, large=_is_large(chosen["unet"]))
-        )
+        return full_plan(chosen, able, self._calibration(chosen["unet"], able))
 
     def judge(self, folder: Path) -> dict[str, Any]:
         """Measure the bundle in ``folder``; what goes into its manifest.
@@ -148,34 +155,46 @@ class Int8Work:
             raise ParityError(f"the calibration of the base model does not fit: {misfit}; use --recalibrate")
         return {"saturated_share": self.fit.saturated, "range_ratio": self.fit.ratio}
 
-    def _calibration(self, able: tuple[Operand, ...], *, large: bool) -> Calibration:
+    def _calibration(self, chosen: Sequence[Site], able: tuple[Operand, ...]) -> Calibration:
         model, given = self.model, self.options.calibration
         if given is not None:
             found = read_calibration(given)
             check_calibration(found, model.architecture, model.fingerprint, str(given))
-            return found
+            return self._as_asked(found, str(given))
         kept = kept_path(model.architecture, model.fingerprint)
         if self.options.recalibrate:
             self._measured_here = True
-            return self._measure(able, large=large, adapted=model.adapted)
+            return self._measure(chosen, able, adapted=model.adapted)
         inherited = model.inherited
         if inherited and (inherited.architecture, inherited.fingerprint) == (
             model.architecture,
             model.fingerprint,
         ):
-            return inherited
+            return self._as_asked(inherited, "the bundle's calibration")
         cached = self._from_cache(kept)
         if cached is not None:
             return cached
-        made = self._measure(able, large=large, adapted=False)
+        made = self._measure(chosen, able, adapted=False)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the measuring next time
             save_calibration(made, kept)
         return made
 
+    def _as_asked(self, found: Calibration, where: str) -> Calibration:
+        """A calibration that was not made here, unless another share was asked for than it has."""
+        asked, has = self.options.most_kept, found.facts.get("most_kept")
+        if asked is None or asked == has:
+            return found
+        made = "without --most-kept" if has is None else f"with --most-kept {has:g}"
+        raise UsageError(
+            f"{where} was measured {made}, and --most-kept {asked:g} was asked for; measure again with "
+            "--recalibrate, or leave --most-kept out"
+        )
+
     def _asked(self) -> dict[str, object]:
         """What the options say of the measuring; another answer is another calibration."""
         work = self.options.work
-        return {"prompts": list(work.prompts), "steps": work.steps, "size": work.size}
+        most = self.options.share_kept
+        return {"prompts": list(work.prompts), "steps": work.steps, "size": work.size, "most_kept": most}
 
     def _from_cache(self, kept: Path) -> Calibration | None:
         """This machine's calibration of the checkpoint, None if there is none that was measured as asked."""
@@ -190,13 +209,15 @@ class Int8Work:
         asked = self._asked().items()
         return found if all(found.facts.get(key) == value for key, value in asked) else None
 
-    def _measure(self, able: tuple[Operand, ...], *, large: bool, adapted: bool) -> Calibration:
-        bundle = self._float(adapted=adapted)
+    def _measure(self, chosen: Sequence[Site], able: tuple[Operand, ...], *, adapted: bool) -> Calibration:
+        bundle, large = self._float(adapted=adapted), _is_large(chosen)
         watched = watch(bundle, able, self.options.work)
         ranges = watched.observed.ranges()
         group_of = coarse_group if large else fine_group
         errors, together, points = self._sensitivity(bundle, able, watched, 2 if large else 8)
-        kept = set(groups_to_keep(errors, TARGET_ERROR, MOST_KEPT))
+        batch, sizes = len(watched.feeds[0]["sample"]), watched.observed.sizes
+        costs = grouped(multiplications(self.model.graphs["unet"], chosen, able, sizes, batch), group_of)
+        kept = set(groups_to_keep(errors, costs, TARGET_ERROR, self.options.share_kept))
         return Calibration(
             self.model.architecture,
             self.model.fingerprint,
@@ -212,6 +233,7 @@ class Int8Work:
                 "error_expected": float(
                     f"{sum(e**2 for g, e in errors.items() if g not in kept) ** 0.5:.4g}"
                 ),
+                "kept_share": float(f"{sum(costs[group] for group in kept) / sum(costs.values()):.4g}"),
                 "adapted": adapted,
             },
         )

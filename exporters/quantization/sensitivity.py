@@ -28,25 +28,35 @@ _BLOCK = re.compile(
 _LAYER = re.compile(
     r"\.(conv1|conv2|conv_shortcut|proj_in|proj_out|attn[12](?:\.scores)?|ff\.net\.0|ff\.net\.2)\b"
 )
-_SCORES = ".scores."
+_APART = ("scores", "conv_shortcut")  # groups of their own also where a block is one group
 
 
 def coarse_group(layer: str) -> str:
     """The group of a layer in a large network: its resnet, attention block or resampling.
 
     Queries and keys of the attentions of a block are a group of their own: they may hurt where the linear
-    layers do not.
+    layers do not. So is a resnet's shortcut: its input is not normalized, and it is little work.
     """
     block = _BLOCK.match(layer)
     if not block:
         return layer.removesuffix(".weight")
-    return f"{block.group()}.scores" if _SCORES in layer else block.group()
+    part = next((name for name in _APART if f".{name}." in layer), None)
+    return f"{block.group()}.{part}" if part else block.group()
 
 
 def fine_group(layer: str) -> str:
     """The group of a layer in a small network: the part of the block it belongs to."""
     block, part = _BLOCK.match(layer), _LAYER.search(layer)
     return f"{block.group()}.{part.group(1)}" if block and part else coarse_group(layer)
+
+
+def grouped(figures: Mapping[str, float], group_of: Callable[[str], str]) -> dict[str, float]:
+    """The sums of figures of layers, by group."""
+    sums: dict[str, float] = {}
+    for layer, figure in figures.items():
+        group = group_of(layer)
+        sums[group] = sums.get(group, 0.0) + figure
+    return sums
 
 
 def switched_graph(
@@ -141,22 +151,31 @@ def measure_sensitivity(
     return dict(sorted(alone.items(), key=lambda item: -item[1])), together
 
 
-def groups_to_keep(errors: Mapping[str, float], target: float, most: float) -> list[str]:
-    """The groups to leave in higher precision, the worst first, until the rest is expected to reach a target.
+def groups_to_keep(
+    errors: Mapping[str, float], costs: Mapping[str, float], target: float, most: float
+) -> list[str]:
+    """The groups to leave in higher precision, until the rest is expected to reach a target.
 
-    Errors of different groups are taken as independent, so their squares add up.
+    First comes what makes most of the squared error for what it costs. Errors of different groups are taken
+    as independent, so their squares add up. Once what is left is spread as evenly as the multiplications,
+    so that no group makes more of it than its share of them, the rest stays quantized.
 
     Args:
         errors: by group.
+        costs: multiplications, by group.
         target: relative L2 of the output that is aimed at.
-        most: the share of the groups that may be left out at most.
+        most: the share of all groups' multiplications that may be left at most; a group that is too large
+            for what remains of it is passed over.
     """
-    ordered = sorted(errors, key=lambda group: -errors[group])
     left = sum(error**2 for error in errors.values())
+    work = sum(costs.values())
+    room = most * work
     kept: list[str] = []
-    for group in ordered[: int(len(ordered) * most)]:
-        if left <= target**2:
+    for group in sorted(errors, key=lambda group: -(errors[group] ** 2) / costs[group]):
+        if left <= target**2 or errors[group] ** 2 / left <= costs[group] / work:
             break
-        kept.append(group)
-        left -= errors[group] ** 2
+        if costs[group] <= room:
+            kept.append(group)
+            left -= errors[group] ** 2
+            room -= costs[group]
     return kept

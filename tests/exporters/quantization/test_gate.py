@@ -101,7 +101,8 @@ def test_points_go_over_all_steps_and_prompts() -> None:
 
 def observed(low: float, high: float, values: np.ndarray) -> Observed:
     made = Observed(["t"])
-    made.add(dict(zip(observation_names(0), (np.float32([low]), np.float32([high]), values), strict=True)))
+    seen = (np.float32([low]), np.float32([high]), values, np.array([values.size]))
+    made.add(dict(zip(observation_names(0), seen, strict=True)))
     return made
 
 

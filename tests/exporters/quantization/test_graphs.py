@@ -161,10 +161,22 @@ def test_sensitivity_names_the_group_that_hurts() -> None:
 
 def test_groups_are_kept_until_the_rest_is_good_enough() -> None:
     errors = {"a": 0.03, "b": 0.02, "c": 0.01, "d": 0.001}
-    assert groups_to_keep(errors, 0.05, 1.0) == []
-    assert groups_to_keep(errors, 0.03, 1.0) == ["a"]
-    assert groups_to_keep(errors, 0.005, 1.0) == ["a", "b", "c"]
-    assert groups_to_keep(errors, 0.005, 0.5) == ["a", "b"]
+    costs = dict.fromkeys(errors, 1.0)
+    assert groups_to_keep(errors, costs, 0.05, 1.0) == []
+    assert groups_to_keep(errors, costs, 0.03, 1.0) == ["a"]
+    assert groups_to_keep(errors, costs, 0.005, 1.0) == ["a", "b", "c"]
+    assert groups_to_keep(errors, costs, 0.005, 0.5) == ["a", "b"]
+    assert groups_to_keep(errors, costs, 0.0, 0.0) == []
+
+
+def test_what_is_cheap_is_kept_first_and_what_is_too_large_is_passed_over() -> None:
+    errors = {"a": 0.03, "b": 0.02, "c": 0.01, "d": 0.001}
+    costs = {"a": 100.0, "b": 10.0, "c": 1.0, "d": 10.0}
+    assert groups_to_keep(errors, costs, 0.0, 1.0) == ["c", "b", "a", "d"]
+    assert groups_to_keep(errors, costs, 0.0305, 1.0) == ["c", "b"]
+    # "a" has no room, and beside it "d" makes less of the error than its share of the multiplications.
+    assert groups_to_keep(errors, costs, 0.0, 0.2) == ["c", "b"]
+    assert groups_to_keep(errors | {"d": 0.02}, costs, 0.0, 0.2) == ["c", "b", "d"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +187,11 @@ def test_groups_are_kept_until_the_rest_is_good_enough() -> None:
             "down_blocks.1.resnets.0.conv2.weight",
             "down_blocks.1.resnets.0.conv2",
             "down_blocks.1.resnets.0",
+        ),
+        (
+            "down_blocks.1.resnets.0.conv_shortcut.weight",
+            "down_blocks.1.resnets.0.conv_shortcut",
+            "down_blocks.1.resnets.0.conv_shortcut",
         ),
         (
             "up_blocks.3.attentions.1.transformer_blocks.0.attn1.to_out.0.weight",

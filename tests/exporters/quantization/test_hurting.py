@@ -13,7 +13,8 @@ import kiln
 from kiln.exporters.graphs import find_graph
 from kiln.exporters.parts import shipped_config
 from kiln.exporters.quantization.hurting import hurting_weights
-from kiln.exporters.quantization.plan import WEIGHTS, weight_sites, weights_plan
+from kiln.exporters.quantization.plan import FULL, WEIGHTS, activations, full_plan, weight_sites, weights_plan
+from kiln.exporters.quantization.store import Calibration
 
 EMOJI = json.loads((Path(kiln.__file__).parent / "models/emoji/unet/config.json").read_text())
 SHORTCUT = "mid_block.resnets.0.conv_shortcut.weight"
@@ -68,8 +69,26 @@ def test_the_plan_says_what_is_left() -> None:
     left = set(plan.left)
     assert plan.precision == WEIGHTS
     assert [site.weight for site in plan.chosen["unet"]] == [s.weight for s in sites if s.weight not in left]
-    assert plan.facts("unet") == {"weights": len(sites) - len(left), "kept": list(plan.left)}
+    assert plan.facts("unet") == {"weights": len(sites) - len(left), "weights_kept": list(plan.left)}
     assert plan.facts("text_encoder") == {"weights": 0}
     values = {site.weight: int(np.prod(site.shape)) for site in sites}
     assert 0 < sum(values[name] for name in left) < 0.07 * sum(values.values())
     assert not left & set(plan.types("unet"))
+
+
+def test_with_int8_activations_a_weight_is_left_where_its_activation_is() -> None:
+    graph = find_graph("unet", EMOJI)
+    sites = weight_sites("unet", graph)
+    hurting = hurting_weights(site.weight for site in sites)
+    kept = (hurting[0], "mid_block.attentions.0.proj_in.weight")
+    chosen = {"unet": sites, "text_encoder": (), "vae_decoder": ()}
+    plan = full_plan(chosen, activations(graph, sites), Calibration("a", "f", {}, kept))
+    assert plan.precision == FULL
+    assert plan.left == kept[:1]
+    assert {s.weight for s in sites} - {s.weight for s in plan.chosen["unet"]} == {kept[0]}
+    assert plan.facts("unet") == {
+        "weights": len(sites) - 1,
+        "weights_kept": [kept[0]],
+        "activations": 0,
+        "kept": list(kept),
+    }
