@@ -48,9 +48,21 @@ def _int8_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _int8(options: dict[str, Any]) -> Int8Options:
+def _int8(options: dict[str, Any], storage: str) -> Int8Options | None:
+    """What the options say of int8, None where nothing is stored in it; those of another type are refused."""
     from ..exporters.quantization.produce import Int8Options
 
+    full = ("calibration", "recalibrate", "calibration_prompts", "most_kept")
+    for needed, names in (("int8-full", full), ("int8", ("no_gate", "min_parity"))):
+        # A share of 0 is one that was given.
+        given = [n for n in names if not (options[n] is None or options[n] is False or options[n] == ())]
+        if given and not storage.startswith(needed):
+            option = given[0].removesuffix("s").replace("_", "-")
+            raise click.UsageError(
+                f"--{option} is for {needed}, and the precision of this bundle is {storage}"
+            )
+    if not storage.startswith("int8"):
+        return None
     prompts = options["calibration_prompts"]
     return Int8Options(
         calibration=options["calibration"],
@@ -110,7 +122,7 @@ def export(model: str, output: Path, loras: tuple[str, ...], as_json: bool, **op
         adapters(loras, options["lbw_presets"]),
         storage=options["precision"],
         remember_source=not options["forget_source"],
-        int8=_int8(options) if options["precision"].startswith("int8") else None,
+        int8=_int8(options, options["precision"]),
         embeddings=embedding_refs(options["embeddings"]),
         **{name: options[name] for name in names},
     )
@@ -148,7 +160,7 @@ def bake(
     from ..exporters.resolve import locate_model
 
     opened = open_bundle(locate_model(bundle))
-    int8 = _int8(options) if str(opened.manifest.get("storage")).startswith("int8") else None
+    int8 = _int8(options, str(opened.manifest.get("storage")))
     refs = adapters(loras, options["lbw_presets"])
     tokens = embedding_refs(options["embeddings"])
     if tokens and not refs:

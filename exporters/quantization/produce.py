@@ -55,6 +55,9 @@ class Int8Options:
     ``prompts`` are drawn to calibrate; ``most_kept`` is the share of the UNet's multiplications that may stay
     in higher precision where int8 hurts, None for the usual one. ``gate`` measures the parity with fp32 and
     refuses what is below the limits, or below ``min_parity`` in decibels of PSNR if that is given.
+
+    Raises:
+        UsageError: ``most_kept`` is no share.
     """
 
     calibration: Path | None = None
@@ -65,6 +68,10 @@ class Int8Options:
     most_kept: float | None = None
     gate: bool = True
     min_parity: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share_kept <= 1:  # nor is NaN
+            raise UsageError(f"--most-kept is {self.most_kept}; expected a share from 0 to 1")
 
     @property
     def work(self) -> Work:
