@@ -18,6 +18,7 @@ from ...errors import ParityError, UsageError
 from .calibrate import Fit, Watched, measure_fit, watch
 from .engines import open_graph
 from .gate import GATE_WORK, check_parity, measure_parity
+from .keeping import MOST_KEPT, keep, kept_anew
 from .multiplications import multiplications
 from .plan import FULL, Int8Plan, activations, full_plan, weight_sites, weights_plan
 from .qdq import Operand, Site
@@ -26,7 +27,6 @@ from .sensitivity import (
     coarse_group,
     fine_group,
     grouped,
-    groups_to_keep,
     measure_sensitivity,
     switched_graph,
 )
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Error of the UNet's output by quantized activations that is aimed at, relative L2 over the trajectory, and
-# the share of the multiplications that may stay in higher precision for it.
-TARGET_ERROR = 0.012
-MOST_KEPT = 0.1
 # A network above this is measured by whole blocks and at fewer points: a run takes seconds.
 _LARGE = 200_000_000
 
@@ -164,10 +160,11 @@ class Int8Work:
 
     def _calibration(self, chosen: Sequence[Site], able: tuple[Operand, ...]) -> Calibration:
         model, given = self.model, self.options.calibration
+        group_of = coarse_group if _is_large(chosen) else fine_group
         if given is not None:
             found = read_calibration(given)
             check_calibration(found, model.architecture, model.fingerprint, str(given))
-            return self._as_asked(found, str(given))
+            return kept_anew(found, able, group_of, self.options.most_kept, str(given))
         kept = kept_path(model.architecture, model.fingerprint)
         if self.options.recalibrate:
             self._measured_here = True
@@ -177,31 +174,20 @@ class Int8Work:
             model.architecture,
             model.fingerprint,
         ):
-            return self._as_asked(inherited, "the bundle's calibration")
+            where = "the calibration of the bundle"
+            return kept_anew(inherited, able, group_of, self.options.most_kept, where)
         cached = self._from_cache(kept)
         if cached is not None:
-            return cached
+            return kept_anew(cached, able, group_of, self.options.share_kept, str(kept))
         made = self._measure(chosen, able, adapted=False)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the measuring next time
             save_calibration(made, kept)
         return made
 
-    def _as_asked(self, found: Calibration, where: str) -> Calibration:
-        """A calibration that was not made here, unless another share was asked for than it has."""
-        asked, has = self.options.most_kept, found.facts.get("most_kept")
-        if asked is None or asked == has:
-            return found
-        made = "without --most-kept" if has is None else f"with --most-kept {has:g}"
-        raise UsageError(
-            f"{where} was measured {made}, and --most-kept {asked:g} was asked for; measure again with "
-            "--recalibrate, or leave --most-kept out"
-        )
-
     def _asked(self) -> dict[str, object]:
         """What the options say of the measuring; another answer is another calibration."""
         work = self.options.work
-        most = self.options.share_kept
-        return {"prompts": list(work.prompts), "steps": work.steps, "size": work.size, "most_kept": most}
+        return {"prompts": list(work.prompts), "steps": work.steps, "size": work.size}
 
     def _from_cache(self, kept: Path) -> Calibration | None:
         """This machine's calibration of the checkpoint, None if there is none that was measured as asked."""
@@ -212,6 +198,8 @@ class Int8Work:
             check_calibration(found, self.model.architecture, self.model.fingerprint, str(kept))
         except UsageError as exc:
             log.warning("a cached calibration is thrown away and made again: %s", exc)
+            return None
+        if found.sensitivity.keys() != found.multiplications.keys():  # an earlier Kiln's
             return None
         asked = self._asked().items()
         return found if all(found.facts.get(key) == value for key, value in asked) else None
@@ -224,26 +212,23 @@ class Int8Work:
         errors, together, points = self._sensitivity(bundle, able, watched, 2 if large else 8)
         batch, sizes = len(watched.feeds[0]["sample"]), watched.observed.sizes
         costs = grouped(multiplications(self.model.graphs["unet"], chosen, able, sizes, batch), group_of)
-        kept = set(groups_to_keep(errors, costs, TARGET_ERROR, self.options.share_kept))
-        return Calibration(
+        facts = {
+            **self._asked(),
+            "runs": len(watched.feeds),
+            "sample": list(np.shape(watched.feeds[0]["sample"])),
+            "points": points,
+            "error_all_quantized": float(f"{together:.4g}"),
+            "adapted": adapted,
+        }
+        measured = Calibration(
             self.model.architecture,
             self.model.fingerprint,
             ranges,
-            tuple(operand.layer for operand in able if group_of(operand.layer) in kept),
-            {group: float(f"{error:.4g}") for group, error in errors.items()},
-            {
-                **self._asked(),
-                "runs": len(watched.feeds),
-                "sample": list(np.shape(watched.feeds[0]["sample"])),
-                "points": points,
-                "error_all_quantized": float(f"{together:.4g}"),
-                "error_expected": float(
-                    f"{sum(e**2 for g, e in errors.items() if g not in kept) ** 0.5:.4g}"
-                ),
-                "kept_share": float(f"{sum(costs[group] for group in kept) / sum(costs.values()):.4g}"),
-                "adapted": adapted,
-            },
+            sensitivity={group: float(f"{error:.4g}") for group, error in errors.items()},
+            facts=facts,
+            multiplications=costs,
         )
+        return keep(measured, able, group_of, self.options.share_kept)
 
     def _sensitivity(
         self, bundle: Bundle, able: tuple[Operand, ...], watched: Watched, count: int

@@ -24,8 +24,9 @@ class Calibration:
 
     ``architecture`` is the digest of the graph whose tensors are named, ``fingerprint`` the checkpoint
     that was measured. ``ranges`` are by tensor. ``kept`` names the layers that stay in the type the rest has
-    because quantizing them hurt, ``sensitivity`` the error each group caused by itself, largest first.
-    ``facts`` say how it was measured.
+    because quantizing them hurt, ``sensitivity`` the error each group caused by itself, largest first, and
+    ``multiplications`` those of one run, by group; of an earlier Kiln's none are known. ``facts`` say how it
+    was measured.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class Calibration:
     kept: tuple[str, ...] = ()
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    multiplications: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -45,6 +47,7 @@ class Calibration:
             "facts": dict(self.facts),
             "kept": list(self.kept),
             "sensitivity": dict(self.sensitivity),
+            "multiplications": dict(self.multiplications),
             "ranges": {name: [given.low, given.high] for name, given in sorted(self.ranges.items())},
             "symmetric": sorted(name for name, given in self.ranges.items() if given.symmetric),
         }
@@ -76,6 +79,7 @@ def read_calibration(path: Path) -> Calibration:
             tuple(str(name) for name in value["kept"]),
             {str(name): float(error) for name, error in value["sensitivity"].items()},
             dict(value["facts"]),
+            {str(name): _count(count) for name, count in value.get("multiplications", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise UsageError(f"{path} is no calibration: {exc!r:.200}") from exc
@@ -86,6 +90,13 @@ def _range(row: Any, *, symmetric: bool) -> ActivationRange:
     if not (-float("inf") < low <= high < float("inf")):
         raise ValueError(f"a range from {low} to {high}")
     return ActivationRange(low, high, symmetric)
+
+
+def _count(value: Any) -> float:
+    count = float(value)
+    if not 0 < count < float("inf"):
+        raise ValueError(f"{value} multiplications")
+    return count
 
 
 def check_calibration(given: Calibration, architecture: str, fingerprint: str, where: str) -> None:

@@ -126,6 +126,7 @@ MADE = Calibration(
     ("a.weight",),
     {"a": 0.5},
     {"steps": 8},
+    {"a": 4096.0},
 )
 
 
@@ -149,6 +150,9 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
         {"symmetric": 3},
         {"sensitivity": {"a": "x"}},
         {"facts": 7},
+        {"multiplications": 7},
+        {"multiplications": {"a": 0}},
+        {"multiplications": {"a": float("nan")}},
     ],
     ids=str,
 )

@@ -253,6 +253,39 @@ def test_int8_is_not_quantized_twice(
         bake(open_bundle(tmp_path / "orphan"), tmp_path / "c", ())
 
 
+def test_another_share_is_kept_without_measuring(
+    made: dict[str, tuple[Bundle, ExportReport]],
+    tiny_sd1: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(produce, "watch")
+    bundle, _ = made["int8-full"]
+    given = bundle.path / "calibration.json"
+    nothing = dataclasses.replace(QUICK, gate=False, most_kept=0.0)
+    bake(bundle, tmp_path / "baked", (), int8=nothing)
+    options = dataclasses.replace(nothing, calibration=given)
+    export(ExportSpec(tiny_sd1, tmp_path / "exported", storage="int8-full", int8=options))
+    usual = dataclasses.replace(options, calibration=tmp_path / "baked/calibration.json", most_kept=0.1)
+    export(ExportSpec(tiny_sd1, tmp_path / "back", storage="int8-full", int8=usual))
+    kept = {
+        name: open_bundle(tmp_path / name).manifest["components"]["unet"]["int8"]["kept"]
+        for name in ("baked", "exported")
+    }
+    assert kept == {"baked": [], "exported": []}
+    assert (tmp_path / "back/calibration.json").read_bytes() == given.read_bytes()
+    for name in NAMES:
+        assert (tmp_path / "back" / name).read_bytes() == (bundle.path / name).read_bytes()
+    old = json.loads(given.read_text())
+    del old["multiplications"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    before = dataclasses.replace(options, calibration=tmp_path / "old.json", most_kept=0.5)
+    with pytest.raises(UsageError, match=r"old\.json is of an earlier Kiln .* with --recalibrate, or leave"):
+        export(ExportSpec(tiny_sd1, tmp_path / "c", storage="int8-full", int8=before))
+    same = dataclasses.replace(before, most_kept=None)
+    export(ExportSpec(tiny_sd1, tmp_path / "old", storage="int8-full", int8=same))
+
+
 def test_a_calibration_can_be_passed_along(
     made: dict[str, tuple[Bundle, ExportReport]], tiny_sd1: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -262,13 +295,6 @@ def test_a_calibration_can_be_passed_along(
     options = dataclasses.replace(QUICK, gate=False, calibration=given)
     export(ExportSpec(tiny_sd1, tmp_path / "b", storage="int8-full", int8=options))
     assert (tmp_path / "b/unet/model.onnx").read_bytes() == (bundle.path / "unet/model.onnx").read_bytes()
-    other = dataclasses.replace(options, most_kept=0.5)
-    with pytest.raises(UsageError, match=r"measured with --most-kept 0\.1, and --most-kept 0\.5 was asked"):
-        export(ExportSpec(tiny_sd1, tmp_path / "c", storage="int8-full", int8=other))
-    with pytest.raises(UsageError, match=r"the bundle.s calibration was measured .* with --recalibrate"):
-        bake(bundle, tmp_path / "c", (), int8=dataclasses.replace(QUICK, gate=False, most_kept=0.5))
-    same = dataclasses.replace(options, most_kept=0.1)
-    export(ExportSpec(tiny_sd1, tmp_path / "same", storage="int8-full", int8=same))
     changed = json.loads(given.read_text()) | {"fingerprint": "0" * 64}
     given.write_text(json.dumps(changed))
     with pytest.raises(UsageError, match="was measured on another checkpoint"):
