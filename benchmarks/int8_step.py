@@ -3,10 +3,11 @@
     python -m kiln.benchmarks.int8_step INT8_BUNDLE PEER [--float FP16_BUNDLE] [--rounds 9] [--threads N]
     python -m kiln.benchmarks.int8_step INT8_BUNDLE PEER --make-peer PYTHON OPTIMUM_FOLDER
 
-INT8_BUNDLE is of ``kiln export --precision int8-full``; PEER is a folder with the UNet that optimum-intel
-makes with ``OVQuantizationConfig``: the second form makes it from OPTIMUM_FOLDER, an export of the same
-weights by optimum-intel, in PYTHON, the interpreter that has optimum-intel and nncf. Both are compiled by one
-OpenVINO in one process with the same properties and static shapes (batch 2, for guidance), and take turns.
+INT8_BUNDLE is of ``kiln export --precision int8-full``, which keeps some layers in floats, or with
+``--most-kept 0`` none, as NNCF does. PEER is a folder with the UNet that optimum-intel makes with
+``OVQuantizationConfig``: the second form makes it from OPTIMUM_FOLDER, an export of the same weights by
+optimum-intel, in PYTHON, the interpreter that has optimum-intel and nncf. Both are compiled by one OpenVINO
+in one process with the same properties and static shapes (batch 2, for guidance), and take turns.
 
 Outputs are not compared with each other, because each has its own error; Kiln's is what its export measured,
 and stands in the report. One image is drawn in a process of its own for the peak of memory.

@@ -11,6 +11,7 @@ import numpy as np
 from ...errors import ParityError
 from ...metrics import psnr_db, relative_l2, ssim
 from .limits import INT8_LIMITS
+from .plan import FULL
 from .trajectories import GATE_PROMPTS, Trajectory, Work, denoise
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def check_parity(found: Parity, precision: str, least_psnr_db: float | None = No
     for name, value in figures.items():
         limit = INT8_LIMITS[f"{stem}_{name}"]
         if not limit.holds(value):
+            other = "--precision int8 or fp16, keep more with --most-kept" if precision == FULL else "fp16"
             raise ParityError(
                 f"too far from fp32: {found}; the limit of {name} for {precision} is {limit.limit:g}. Take "
-                "--precision int8 or fp16, lower the limit with --min-parity DB, or export with --no-gate"
+                f"{other}, lower the limit with --min-parity DB, or export with --no-gate"
             )

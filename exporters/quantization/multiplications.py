@@ -28,7 +28,8 @@ def multiplications(
 ) -> dict[str, float]:
     """Multiplications of one run, by the layer of each operand.
 
-    Those of queries with keys are shared between the two operands.
+    Those of queries with keys are shared between the two operands. Where only one of these may be quantized
+    the product is of floats whatever is kept, and what it costs is to round that one: its size.
 
     Args:
         graph: with the strides of its convolutions.
@@ -46,9 +47,10 @@ def multiplications(
     for operand in able:
         site = sites.get(operand.layer)
         if site is None:
-            queries, keys = (sizes[tensors[name]] for name in _pair(operand.layer))
+            pair = [sizes[tensors[name]] for name in _pair(operand.layer) if name in tensors]
             width = sites[_projection(operand.layer)].shape[0]
-            found[operand.layer] = queries * keys / (batch * width) / 2
+            alone = len(pair) == 1
+            found[operand.layer] = float(pair[0]) if alone else pair[0] * pair[1] / (batch * width) / 2
             continue
         facts = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[site.node].attribute}
         # Every value of the input meets each kernel once for every tap, and of strides only every other tap.

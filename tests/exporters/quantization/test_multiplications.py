@@ -58,6 +58,17 @@ def sizes_of(names: list[str]) -> dict[str, int]:
     return {name: array.size for name, array in zip(names, session.run(names, FEEDS), strict=True)}
 
 
+def test_a_query_whose_key_stays_costs_its_own_values() -> None:
+    graph = find_graph("unet", json.loads((EMOJI / "unet/config.json").read_text()))
+    sites = weight_sites("unet", graph)
+    able = [operand for operand in activations(graph, sites) if not operand.layer.endswith(".scores.key")]
+    sizes = {operand.tensor: 1000 + index for index, operand in enumerate(able)}
+    found = multiplications(graph, sites, able, sizes, BATCH)
+    queries = [operand for operand in able if operand.layer.endswith(".scores.query")]
+    assert queries
+    assert {o.layer: found[o.layer] for o in queries} == {o.layer: sizes[o.tensor] for o in queries}
+
+
 def test_they_are_those_that_torch_counts() -> None:
     layers, scores = counted_by_torch()
     graph = find_graph("unet", json.loads((EMOJI / "unet/config.json").read_text()))
