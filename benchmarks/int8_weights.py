@@ -5,7 +5,7 @@
 BUNDLE is of floats. It is drawn with torch in fp32, and the UNet's calls are kept; then each weight that
 could be int8 is, one at a time, in diffusers' module. Squared errors of different weights add up: what they
 give together stands in the report beside what was measured with all. Held against limits is the rule for what
-``kiln export --precision int8`` leaves in floats: few values, most of the error.
+``kiln export --precision int8`` keeps in floats: few values, most of the error.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..exporters.graphs import find_graph
 from ..exporters.quantization.hurting import hurting_weights
 from ..exporters.quantization.plan import weight_sites
 from ..exporters.quantization.quantize import quantize_weight
+from ..int8 import SCALE_SUFFIX, dequantized
 from ..metrics import relative_l2
 from .fidelity.calls import Call, read_calls
 from .fidelity.components import recording
@@ -40,42 +41,42 @@ Outputs = Sequence[np.ndarray]
 
 
 def measure(args: argparse.Namespace) -> Report:
-    """Round every weight by itself, all, and all but those that the rule leaves."""
+    """Round every weight by itself, all, and all but those that the rule keeps."""
     report = Report("int8_weights", vars(args))
     bundle = open_bundle(args.bundle)
     if "int8" in str(bundle.manifest.get("storage")):
         raise UsageError(f"{args.bundle} is of int8; give the bundle of floats that it was made from")
-    names = [site.weight for site in weight_sites("unet", find_graph("unet", bundle.config("unet")))]
-    if not names:
+    sites = weight_sites("unet", find_graph("unet", bundle.config("unet")))
+    sizes = {site.weight: int(np.prod(site.shape)) for site in sites}
+    if not sizes:
         raise UsageError(f"the UNet of {args.bundle} is too small for int8")
     probe = WeightProbe(bundle, recorded(bundle, args))
-    alone = {name: rms(probe.errors([name])) for name in names}
-    left = hurting_weights(names)
-    sizes = {name: probe.size(name) for name in names}
-    rest = [name for name in names if name not in left]
-    for label, chosen in (("all weights in int8", names), ("all but those that are left", rest)):
+    alone = {name: rms(probe.errors([name])) for name in sizes}
+    kept = hurting_weights(sizes)
+    rest = [name for name in sizes if name not in kept]
+    for label, chosen in (("all weights in int8", sizes), ("all but those that are kept", rest)):
         report.samples.append(Samples(label, "%", tuple(100 * error for error in probe.errors(chosen))))
     report.facts = {
         "alone": {name: {"error": alone[name], "values": sizes[name]} for name in by_value(alone, sizes)},
-        "left": list(left),
-        "expected_of_all": rms([*alone.values()]) * len(alone) ** 0.5,
+        "kept": list(kept),
+        "expected_of_all": float(np.linalg.norm([*alone.values()])),
     }
-    report.checks = rule_checks(alone, sizes, left)
+    report.checks = rule_checks(alone, sizes, kept)
     return report
 
 
-def rule_checks(alone: Mapping[str, float], sizes: Mapping[str, int], left: Iterable[str]) -> list[Check]:
-    """How many of the values a rule leaves in floats, and how much of the squared error is theirs.
+def rule_checks(alone: Mapping[str, float], sizes: Mapping[str, int], kept: Iterable[str]) -> list[Check]:
+    """How many of the values a rule keeps in floats, and how much of the squared error is theirs.
 
     Args:
         alone: relative L2 of the output with one weight rounded, by weight.
         sizes: values of each weight.
-        left: the weights that stay.
+        kept: the weights that stay.
     """
-    left = set(left)
+    kept = set(kept)
     squares = {name: error**2 for name, error in alone.items()}
-    shares = [sum(of[name] for name in left) / sum(of.values()) for of in (sizes, squares)]
-    names = ("int8_left_values_share", "int8_left_error_share")
+    shares = [sum(of[name] for name in kept) / sum(of.values()) for of in (sizes, squares)]
+    names = ("int8_kept_values_share", "int8_kept_error_share")
     return [Check(name, float(share)) for name, share in zip(names, shares, strict=True)]
 
 
@@ -110,10 +111,6 @@ class WeightProbe:
         self._calls = calls
         self._exact = self._outputs()
 
-    def size(self, name: str) -> int:
-        """How many values a weight has."""
-        return int(self._weights[name].numel())
-
     def errors(self, names: Iterable[str]) -> list[float]:
         """Relative L2 of the output of each call with these weights in int8."""
         before = {name: self._weights[name].data for name in names}
@@ -140,8 +137,9 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
     import torch
 
     made = quantize_weight(weight.numpy())
-    scale = made.scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return torch.from_numpy(made.values.astype(np.float32) * scale)
+    return torch.from_numpy(
+        dequantized("weight", {"weight": made.values, f"weight{SCALE_SUFFIX}": made.scale})
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -29,9 +29,9 @@ def keep(
     """
     errors, costs = measured.sensitivity, measured.multiplications
     kept = set(groups_to_keep(errors, costs, TARGET_ERROR, share))
-    left = sum(error**2 for group, error in errors.items() if group not in kept) ** 0.5
+    rest = sum(error**2 for group, error in errors.items() if group not in kept) ** 0.5
     work = sum(costs[group] for group in kept) / sum(costs.values())
-    facts = {"most_kept": share, "error_expected": _digits(left), "kept_share": _digits(work)}
+    facts = {"most_kept": share, "error_expected": _digits(rest), "kept_share": _digits(work)}
     layers = tuple(operand.layer for operand in able if group_of(operand.layer) in kept)
     return replace(measured, kept=layers, facts={**measured.facts, **facts})
 
@@ -57,7 +57,7 @@ def kept_anew(
     """
     if share is None or share == found.facts.get("most_kept"):
         return found
-    if set(found.multiplications) != set(found.sensitivity):
+    if not found.counted:
         raise UsageError(
             f"{where} is of an earlier Kiln and says nothing of multiplications, which --most-kept "
             f"{share:g} is a share of; measure again with --recalibrate, or leave --most-kept out"

@@ -16,7 +16,7 @@ from .qdq import Operand, Site
 if TYPE_CHECKING:
     import onnx
 
-_QUERY, _KEY = ".scores.query", ".scores.key"
+_SCORES = ".scores."
 
 
 def multiplications(
@@ -47,24 +47,16 @@ def multiplications(
     for operand in able:
         site = sites.get(operand.layer)
         if site is None:
-            pair = [sizes[tensors[name]] for name in _pair(operand.layer) if name in tensors]
-            width = sites[_projection(operand.layer)].shape[0]
-            alone = len(pair) == 1
-            found[operand.layer] = float(pair[0]) if alone else pair[0] * pair[1] / (batch * width) / 2
+            attention, _, kind = operand.layer.rpartition(_SCORES)
+            both = [f"{attention}{_SCORES}{one}" for one in ("query", "key")]
+            count = float(np.prod([sizes[tensors[name]] for name in both if name in tensors]))
+            if tensors.keys() >= set(both):
+                width = sites[f"{attention}.to_{kind[0]}.weight"].shape[0]
+                count /= 2 * batch * width
+            found[operand.layer] = count
             continue
         facts = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[site.node].attribute}
         # Every value of the input meets each kernel once for every tap, and of strides only every other tap.
         each = np.prod(site.shape) / site.shape[1] / np.prod(facts.get("strides", [1]))
         found[operand.layer] = float(sizes[operand.tensor] * each)
     return found
-
-
-def _pair(layer: str) -> tuple[str, str]:
-    stem = layer.removesuffix(_QUERY).removesuffix(_KEY)
-    return stem + _QUERY, stem + _KEY
-
-
-def _projection(layer: str) -> str:
-    """The weight that gives the queries or keys of an attention."""
-    stem = layer.removesuffix(_QUERY).removesuffix(_KEY)
-    return f"{stem}.{'to_q' if layer.endswith(_QUERY) else 'to_k'}.weight"

@@ -62,15 +62,15 @@ def activations(graph: onnx.ModelProto, chosen: Sequence[Site]) -> tuple[Operand
 class Int8Plan:
     """What becomes int8 in a bundle: weights by component, and with a calibration the UNet's activations.
 
-    ``able`` are those that may; which of them do, the calibration says. ``left`` are the UNet's weights that
-    stay in floating point because they hurt.
+    ``able`` are those that may; which of them do, the calibration says. ``weights_kept`` are the UNet's
+    weights that stay in floating point because they hurt.
     """
 
     precision: str
     chosen: Mapping[str, tuple[Site, ...]]
     able: tuple[Operand, ...] = ()
     calibration: Calibration | None = None
-    left: tuple[str, ...] = ()
+    weights_kept: tuple[str, ...] = ()
     _scales: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def types(self, component: str) -> dict[str, str]:
@@ -120,7 +120,7 @@ class Int8Plan:
         facts: dict[str, object] = {"weights": len(chosen)}
         if component != "unet":
             return facts
-        facts["weights_kept"] = list(self.left)
+        facts["weights_kept"] = list(self.weights_kept)
         if self.calibration is not None:
             facts["activations"] = len(self.quantized_activations)
             facts["kept"] = list(self.calibration.kept)
@@ -129,8 +129,8 @@ class Int8Plan:
 
 def weights_plan(chosen: Mapping[str, tuple[Site, ...]]) -> Int8Plan:
     """The plan of int8 weights alone, without those of the UNet that hurt."""
-    left = hurting_weights(site.weight for site in chosen["unet"])
-    return Int8Plan(WEIGHTS, _without(left, chosen), left=left)
+    kept = hurting_weights(site.weight for site in chosen["unet"])
+    return Int8Plan(WEIGHTS, _without(kept, chosen), weights_kept=kept)
 
 
 def full_plan(
@@ -140,13 +140,13 @@ def full_plan(
 
     A weight that hurts is quantized all the same if what it meets is: the product could not be of int8 else.
     """
-    kept = set(calibration.kept)
-    left = tuple(name for name in hurting_weights(site.weight for site in chosen["unet"]) if name in kept)
-    return Int8Plan(FULL, _without(left, chosen), able, calibration, left)
+    hurting = hurting_weights(site.weight for site in chosen["unet"])
+    kept = tuple(name for name in hurting if name in set(calibration.kept))
+    return Int8Plan(FULL, _without(kept, chosen), able, calibration, kept)
 
 
-def _without(left: Sequence[str], chosen: Mapping[str, tuple[Site, ...]]) -> dict[str, tuple[Site, ...]]:
-    return {**chosen, "unet": tuple(site for site in chosen["unet"] if site.weight not in set(left))}
+def _without(kept: Sequence[str], chosen: Mapping[str, tuple[Site, ...]]) -> dict[str, tuple[Site, ...]]:
+    return {**chosen, "unet": tuple(site for site in chosen["unet"] if site.weight not in kept)}
 
 
 def bind_scales(graph: onnx.ModelProto, placed: Mapping[str, Placed], location: str) -> None:

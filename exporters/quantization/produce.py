@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,7 +160,7 @@ class Int8Work:
 
     def _calibration(self, chosen: Sequence[Site], able: tuple[Operand, ...]) -> Calibration:
         model, given = self.model, self.options.calibration
-        group_of = coarse_group if _is_large(chosen) else fine_group
+        group_of = _grouping(chosen)
         if given is not None:
             found = read_calibration(given)
             check_calibration(found, model.architecture, model.fingerprint, str(given))
@@ -199,17 +199,17 @@ class Int8Work:
         except UsageError as exc:
             log.warning("a cached calibration is thrown away and made again: %s", exc)
             return None
-        if found.sensitivity.keys() != found.multiplications.keys():  # an earlier Kiln's
+        if not found.counted:  # an earlier Kiln's
             return None
         asked = self._asked().items()
         return found if all(found.facts.get(key) == value for key, value in asked) else None
 
     def _measure(self, chosen: Sequence[Site], able: tuple[Operand, ...], *, adapted: bool) -> Calibration:
-        bundle, large = self._float(adapted=adapted), _is_large(chosen)
+        bundle, group_of = self._float(adapted=adapted), _grouping(chosen)
         watched = watch(bundle, able, self.options.work)
         ranges = watched.observed.ranges()
-        group_of = coarse_group if large else fine_group
-        errors, together, points = self._sensitivity(bundle, able, watched, 2 if large else 8)
+        count = 2 if _is_large(chosen) else 8
+        errors, together, points = self._sensitivity(bundle, able, watched, group_of, count)
         batch, sizes = len(watched.feeds[0]["sample"]), watched.observed.sizes
         costs = grouped(multiplications(self.model.graphs["unet"], chosen, able, sizes, batch), group_of)
         facts = {
@@ -231,17 +231,21 @@ class Int8Work:
         return keep(measured, able, group_of, self.options.share_kept)
 
     def _sensitivity(
-        self, bundle: Bundle, able: tuple[Operand, ...], watched: Watched, count: int
+        self,
+        bundle: Bundle,
+        able: tuple[Operand, ...],
+        watched: Watched,
+        group_of: Callable[[str], str],
+        count: int,
     ) -> tuple[dict[str, float], float, int]:
         import onnx
 
         graph_path = bundle.source("unet").graph_path
-        large = count < 8
         graph, groups = switched_graph(
             onnx.load(graph_path, load_external_data=False),
             able,
             watched.observed.ranges(),
-            coarse_group if large else fine_group,
+            group_of,
         )
         places = diagonal(len(self.options.prompts), len(watched.feeds) // len(self.options.prompts), count)
         points = [watched.feeds[i] for i in places]
@@ -263,6 +267,10 @@ class Int8Work:
 
 def _is_large(chosen: Sequence[Site]) -> bool:
     return sum(int(np.prod(site.shape)) for site in chosen) > _LARGE
+
+
+def _grouping(chosen: Sequence[Site]) -> Callable[[str], str]:
+    return coarse_group if _is_large(chosen) else fine_group
 
 
 @contextlib.contextmanager

@@ -157,25 +157,25 @@ def groups_to_keep(
     """The groups to leave in higher precision, until the rest is expected to reach a target.
 
     First comes what makes most of the squared error for what it costs. Errors of different groups are taken
-    as independent, so their squares add up. Once what is left is spread as evenly as the multiplications,
-    so that no group makes more of it than its share of them, the rest stays quantized.
+    as independent, so their squares add up. Once the rest is spread as evenly as the multiplications,
+    so that no group makes more of it than its share of them, it stays quantized.
 
     Args:
         errors: by group.
         costs: multiplications, by group.
         target: relative L2 of the output that is aimed at.
-        most: the share of all groups' multiplications that may be left at most; a group that is too large
+        most: the share of all groups' multiplications that may be kept at most; a group that is too large
             for what remains of it is passed over.
     """
-    left = sum(error**2 for error in errors.values())
+    rest = sum(error**2 for error in errors.values())
     work = sum(costs.values())
     room = most * work
     kept: list[str] = []
     for group in sorted(errors, key=lambda group: -(errors[group] ** 2) / costs[group]):
-        if left <= target**2 or errors[group] ** 2 / left <= costs[group] / work:
+        if rest <= target**2 or errors[group] ** 2 / rest <= costs[group] / work:
             break
         if costs[group] <= room:
             kept.append(group)
-            left -= errors[group] ** 2
+            rest -= errors[group] ** 2
             room -= costs[group]
     return kept

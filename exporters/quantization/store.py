@@ -37,6 +37,11 @@ class Calibration:
     facts: Mapping[str, Any] = field(default_factory=dict)
     multiplications: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def counted(self) -> bool:
+        """Whether the multiplications of every group are known."""
+        return self.multiplications.keys() == self.sensitivity.keys()
+
     def to_json(self) -> bytes:
         """The file's content."""
         value = {

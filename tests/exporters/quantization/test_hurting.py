@@ -66,10 +66,10 @@ def test_the_plan_says_what_is_left() -> None:
     graph = find_graph("unet", EMOJI)
     sites = weight_sites("unet", graph)
     plan = weights_plan({"unet": sites, "text_encoder": (), "vae_decoder": ()})
-    left = set(plan.left)
+    left = set(plan.weights_kept)
     assert plan.precision == WEIGHTS
     assert [site.weight for site in plan.chosen["unet"]] == [s.weight for s in sites if s.weight not in left]
-    assert plan.facts("unet") == {"weights": len(sites) - len(left), "weights_kept": list(plan.left)}
+    assert plan.facts("unet") == {"weights": len(sites) - len(left), "weights_kept": list(plan.weights_kept)}
     assert plan.facts("text_encoder") == {"weights": 0}
     values = {site.weight: int(np.prod(site.shape)) for site in sites}
     assert 0 < sum(values[name] for name in left) < 0.07 * sum(values.values())
@@ -84,7 +84,7 @@ def test_with_int8_activations_a_weight_is_left_where_its_activation_is() -> Non
     chosen = {"unet": sites, "text_encoder": (), "vae_decoder": ()}
     plan = full_plan(chosen, activations(graph, sites), Calibration("a", "f", {}, kept))
     assert plan.precision == FULL
-    assert plan.left == kept[:1]
+    assert plan.weights_kept == kept[:1]
     assert {s.weight for s in sites} - {s.weight for s in plan.chosen["unet"]} == {kept[0]}
     assert plan.facts("unet") == {
         "weights": len(sites) - 1,
