@@ -24,6 +24,7 @@ from .openvino_engine import NAME, version
 from .openvino_gated import split_gated_linears
 from .openvino_group_norm import MARKED_SINCE, normalize_channels_last
 from .openvino_guidance import share_before_prompt
+from .openvino_heads import fill_vectors
 from .openvino_kernels import FloatKernels, float_kernels, may_have_kernels, read_in_floats
 from .openvino_prompt import cut_prompt
 from .openvino_skip import convolve_shared_skips_once
@@ -37,7 +38,7 @@ from .session import check_port_names
 WEIGHTLESS_SINCE = (2026, 4)
 
 # Raised when a lowering changes, or what is asked of the engine, so that old entries are not used.
-CACHE_VERSION = 9
+CACHE_VERSION = 10
 
 # Seconds until a compiled model is exported, which holds Python's lock for 0.2 s: by then the caller is
 # running the model, which does not.
@@ -248,6 +249,8 @@ def lower(core: Any, model: Any, plan: Plan) -> Any | None:
     if kind_of(plan.device) == CPU and not model.is_dynamic():  # measured on processors only
         quantize_around_zero(model)
         multiply_before_upsampling(model)
+        if "avx512f" in describe_cpu().flags:
+            fill_vectors(model)
         split_gated_linears(core, model, plan.source.weights_path)
         if bf16:
             convolve_shared_skips_once(model)

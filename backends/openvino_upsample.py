@@ -81,9 +81,7 @@ def _readers_of(op: Any) -> list[Any]:
     before, after = list(op.input_value(0).get_shape()), list(op.output(0).get_shape())
     if len(before) != 4 or after != [*before[:2], 2 * before[2], 2 * before[3]]:
         return []
-    readers = [_only_reader(op)]
-    while readers[-1] is not None and _is_value_by_value(readers[-1]):
-        readers.append(_only_reader(readers[-1]))
+    readers = value_by_value(op)
     if readers[-1] is None or readers[-1].get_type_name() != "Convolution":
         return []
     found = readers[-1].get_attributes()
@@ -96,10 +94,21 @@ def _readers_of(op: Any) -> list[Any]:
     return readers if plain else []
 
 
-def _only_reader(op: Any) -> Any | None:
-    """The node that alone reads ``op``'s output, as its first input."""
+def value_by_value(op: Any) -> list[Any | None]:
+    """The nodes behind ``op`` that quantize by one scale, each alone to read the one before; and the next.
+
+    That one is None where several read, or none.
+    """
+    readers = [only_reader(op)]
+    while readers[-1] is not None and _is_value_by_value(readers[-1]):
+        readers.append(only_reader(readers[-1]))
+    return readers
+
+
+def only_reader(op: Any, place: int = 0) -> Any | None:
+    """The node that alone reads ``op``'s output, as its first input or the one at a place."""
     entries = list(op.output(0).get_target_inputs())
-    return entries[0].get_node() if len(entries) == 1 and entries[0].get_index() == 0 else None
+    return entries[0].get_node() if len(entries) == 1 and entries[0].get_index() == place else None
 
 
 def _is_value_by_value(op: Any) -> bool:
