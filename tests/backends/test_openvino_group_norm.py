@@ -193,6 +193,22 @@ def test_small_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert openvino_group_norm.normalize_channels_last(openvino.Core(), model) == count
 
 
+def test_smaller_images_are_worth_it_where_the_model_quantizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+    from openvino import opset13 as ops
+
+    both = 2 * CHANNELS * SIDE * (SIDE + 1)
+    monkeypatch.setattr(openvino_group_norm, "LEAST", both + 1)
+    bounds = [ops.constant(np.array(bound, np.float32)) for bound in (-2, 2, -2, 2)]
+    for least, count in ((both, 1), (both + 1, 0)):
+        monkeypatch.setattr(openvino_group_norm, "LEAST_INT8", least)
+        plain = model_of(values(False), shifted=False)
+        quantized = ops.fake_quantize(plain.output(0).get_node().input_value(0), *bounds, 256)
+        model = openvino.Model([quantized], plain.get_parameters(), "quantized")
+        assert openvino_group_norm.normalize_channels_last(openvino.Core(), model) == count
+        assert openvino_group_norm.normalize_channels_last(openvino.Core(), plain) == 0
+
+
 @pytest.mark.parametrize(
     ("since", "precision", "left"),
     [((2026, 4), "bf16", False), ((9999,), "bf16", True), ((2026, 4), "fp32", True)],
