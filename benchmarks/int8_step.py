@@ -10,23 +10,30 @@ optimum-intel, in PYTHON, the interpreter that has optimum-intel and nncf. Both 
 in one process with the same properties and static shapes (batch 2, for guidance), and take turns.
 
 Outputs are not compared with each other, because each has its own error; Kiln's is what its export measured,
-and stands in the report. One image is drawn in a process of its own for the peak of memory.
+and stands in the report. One image is drawn in a process of its own for the peak of memory. With
+FP16_BUNDLE, its size is compared, and decoding by the VAE, where that is in int8 too.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from ..backends.base import Arrays, PrepareOptions, Session
+from ..backends.openvino_backend import OpenVINOBackend
 from ..bundle import Bundle, open_bundle
 from ..errors import UsageError
 from .children import run_kiln, run_script
 from .report import Check, Report, Samples, positive, ratio_check, run
-from .unet_step import interleaved, make_feeds, own_step, peer_step
+from .unet_step import Step, interleaved, make_feeds, own_step, peer_step
 
 _SMALL_CELLS = 16
 
@@ -84,9 +91,33 @@ def measure(args: argparse.Namespace) -> Report:
     if args.float:
         ratio = _size(bundle) / _size(open_bundle(args.float))
         report.checks.append(Check("int8_size_ratio", ratio))
+        if bundle.manifest["components"]["vae_decoder"].get("int8", {}).get("activations"):
+            decoding = decode_times({"int8": bundle, "floats": open_bundle(args.float)}, args)
+            report.samples += decoding
+            report.checks.append(ratio_check("int8_decode_time_ratio", *decoding))
     if not args.no_memory:
         report.checks.append(Check("int8_peak_rss_gb", peak_rss_gb(args)))
     return report
+
+
+def decode_times(bundles: Mapping[str, Bundle], args: argparse.Namespace) -> list[Samples]:
+    """Seconds to decode one image with each bundle's VAE, taking turns."""
+    cells = args.size // 8
+    latents = np.random.default_rng(0).standard_normal((1, 4, cells, cells), np.float32)
+    options = PrepareOptions({"latent_sample": latents.shape}, precision=args.precision, threads=args.threads)
+    backend = OpenVINOBackend()
+    sessions = {name: backend.prepare(b.source("vae_decoder"), options) for name, b in bundles.items()}
+    steps: dict[str, Step] = {
+        name: functools.partial(_decoded, session) for name, session in sessions.items()
+    }
+    times = interleaved(steps, {"latent_sample": latents}, args.rounds, args.warmups)
+    for session in sessions.values():
+        session.close()
+    return [Samples(f"decoding, {name}", "s", values) for name, values in times.items()]
+
+
+def _decoded(session: Session, feeds: Arrays) -> np.ndarray:
+    return session.run(feeds)["sample"]
 
 
 def kernels(bundle: Bundle) -> dict[str, int]:

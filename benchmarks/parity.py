@@ -104,6 +104,7 @@ THRESHOLDS: dict[str, Threshold] = {
     "int8_kept_error_share": Threshold(0.5, False, "squared error that they would make, of all weights'"),
     # The gate of int8: exporters may not import benchmarks, so the rows stand where both reach them.
     **INT8_LIMITS,
+    "int8_decode_time_ratio": Threshold(0.8, True, "decoding by the VAE in int8 against its fp16 bundle"),
     "int8_step_time_ratio": Threshold(1 / 1.1, True, "int8 UNet step against optimum-intel's int8 by NNCF"),
     "int8_size_ratio": Threshold(0.55, True, "bytes of an int8 bundle of SD1.5 against its fp16 bundle"),
     "int8_peak_rss_gb": Threshold(2.5, True, "peak RSS of drawing with SD1.5 in int8, GB of 1e9 bytes"),

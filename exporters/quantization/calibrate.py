@@ -1,21 +1,22 @@
-"""Measure the ranges of the UNet's activations on real denoising: prompts, all noise levels, guidance."""
+"""Measure the ranges of activations on real denoising: prompts, all noise levels, guidance, decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...backends.base import Arrays
+from ...backends.base import Arrays, GraphSource
 from ...metrics import Threshold
 from .engines import open_graph
 from .limits import INT8_LIMITS
-from .observe import Observed, observing_graph, saturated_share
+from .observe import OBSERVING, Observed, observing_graph, saturated_share
 from .qdq import Operand
 from .quantize import ActivationRange
-from .trajectories import Compute, Work, denoise
+from .trajectories import Compute, Open, Work, denoise
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -23,28 +24,58 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """What was seen while denoising: the activations, and the inputs of every call with its output."""
+    """What was seen while drawing: activations, and the inputs of every call of the UNet with its output.
+
+    ``observed`` are the UNet's, ``decoder`` those of the VAE's decoder, None if none were asked for.
+    """
 
     observed: Observed
     feeds: tuple[Arrays, ...]
     outputs: tuple[np.ndarray, ...]
+    decoder: Observed | None = None
 
 
-def watch(bundle: Bundle, operands: Sequence[Operand], work: Work) -> Watched:
-    """Denoise in fp32 and look at the tensor of every operand.
+def watch(
+    bundle: Bundle, operands: Sequence[Operand], work: Work, decoder: Sequence[Operand] = ()
+) -> Watched:
+    """Draw in fp32 and look at the tensor of every operand.
 
     Args:
-        bundle: weights as they are to be quantized, in floating point; a file is put beside them meanwhile.
+        bundle: weights as they are to be quantized, in floating point; files are put beside them meanwhile.
         operands: of its UNet.
         work: what to draw.
+        decoder: operands of the decoder of its VAE.
     """
+    feeds: list[Arrays] = []
+    outputs: list[np.ndarray] = []
+
+    def keep(given: Arrays, found: Mapping[str, np.ndarray]) -> None:
+        feeds.append({name: array.copy() for name, array in given.items()})
+        outputs.append(found["out_sample"])
+
+    with contextlib.ExitStack() as stack:
+        observed, opener = stack.enter_context(_observing(bundle.source("unet"), operands, work, keep))
+        openers, decoded = {"unet": opener}, None
+        if decoder:
+            decoded, openers["vae_decoder"] = stack.enter_context(
+                _observing(bundle.source("vae_decoder"), decoder, work)
+            )
+        denoise(bundle, work, openers)
+    return Watched(observed, tuple(feeds), tuple(outputs), decoded)
+
+
+@contextlib.contextmanager
+def _observing(
+    source: GraphSource,
+    operands: Sequence[Operand],
+    work: Work,
+    also: Callable[[Arrays, Mapping[str, np.ndarray]], object] = lambda given, found: None,
+) -> Iterator[tuple[Observed, Open]]:
+    """What computes a component and looks at it, and what it saw; ``also`` is told of every call."""
     import onnx
 
     tensors = list(dict.fromkeys(operand.tensor for operand in operands))
     observed = Observed(tensors, (operand.tensor for operand in operands if operand.symmetric))
-    feeds: list[Arrays] = []
-    outputs: list[np.ndarray] = []
-    source = bundle.source("unet")
     path = source.graph_path.with_name("observing.onnx")
     graph = observing_graph(onnx.load(source.graph_path, load_external_data=False), tensors)
 
@@ -54,17 +85,15 @@ def watch(bundle: Bundle, operands: Sequence[Operand], work: Work) -> Watched:
         def compute(given: Arrays) -> Mapping[str, np.ndarray]:
             found = run(given)
             observed.add(found)
-            feeds.append({name: array.copy() for name, array in given.items()})
-            outputs.append(found["out_sample"])
-            return {"out_sample": found["out_sample"]}
+            also(given, found)
+            return {name: array for name, array in found.items() if not name.startswith(OBSERVING)}
 
         return compute
 
     try:
-        denoise(bundle, work, opener)
+        yield observed, opener
     finally:
         path.unlink(missing_ok=True)
-    return Watched(observed, tuple(feeds), tuple(outputs))
 
 
 @dataclass(frozen=True)

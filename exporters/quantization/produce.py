@@ -20,7 +20,15 @@ from .engines import open_graph
 from .gate import GATE_WORK, check_parity, measure_parity
 from .keeping import MOST_KEPT, keep, kept_anew
 from .multiplications import multiplications
-from .plan import FULL, Int8Plan, activations, full_plan, weight_sites, weights_plan
+from .plan import (
+    FULL,
+    Int8Plan,
+    activations,
+    decoder_activations,
+    full_plan,
+    weight_sites,
+    weights_plan,
+)
 from .qdq import Operand, Site
 from .sensitivity import (
     SWITCHES,
@@ -123,7 +131,10 @@ class Int8Work:
             return weights_plan(chosen)
         if not chosen["unet"]:
             raise UsageError("the UNet is too small for int8; export it as fp16")
-        able = activations(self.model.graphs["unet"], chosen["unet"])
+        able = {
+            "unet": activations(self.model.graphs["unet"], chosen["unet"]),
+            "vae_decoder": decoder_activations(chosen["vae_decoder"]),
+        }
         return full_plan(chosen, able, self._calibration(chosen["unet"], able))
 
     def judge(self, folder: Path) -> dict[str, Any]:
@@ -150,7 +161,7 @@ class Int8Work:
         """Whether a calibration of the base fits the model with adapters, on a few steps of one prompt."""
         calibration = self.plan.calibration
         assert calibration is not None
-        used = self.plan.quantized_activations
+        used = self.plan.activations("unet")
         work = Work(self.options.prompts[:1], min(4, self.options.steps), self.options.size)
         self.fit = measure_fit(calibration.ranges, watch(self._float(adapted=True), used, work).observed)
         misfit = self.fit.misfits()
@@ -158,13 +169,13 @@ class Int8Work:
             raise ParityError(f"the calibration of the base model does not fit: {misfit}; use --recalibrate")
         return {"saturated_share": self.fit.saturated, "range_ratio": self.fit.ratio}
 
-    def _calibration(self, chosen: Sequence[Site], able: tuple[Operand, ...]) -> Calibration:
+    def _calibration(self, chosen: Sequence[Site], able: Mapping[str, tuple[Operand, ...]]) -> Calibration:
         model, given = self.model, self.options.calibration
         group_of = _grouping(chosen)
         if given is not None:
             found = read_calibration(given)
             check_calibration(found, model.architecture, model.fingerprint, str(given))
-            return kept_anew(found, able, group_of, self.options.most_kept, str(given))
+            return kept_anew(found, able["unet"], group_of, self.options.most_kept, str(given))
         kept = kept_path(model.architecture, model.fingerprint)
         if self.options.recalibrate:
             self._measured_here = True
@@ -175,10 +186,10 @@ class Int8Work:
             model.fingerprint,
         ):
             where = "the calibration of the bundle"
-            return kept_anew(inherited, able, group_of, self.options.most_kept, where)
+            return kept_anew(inherited, able["unet"], group_of, self.options.most_kept, where)
         cached = self._from_cache(kept)
-        if cached is not None:
-            return kept_anew(cached, able, group_of, self.options.share_kept, str(kept))
+        if cached is not None and (cached.decoder_ranges or not able["vae_decoder"]):
+            return kept_anew(cached, able["unet"], group_of, self.options.share_kept, str(kept))
         made = self._measure(chosen, able, adapted=False)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the measuring next time
             save_calibration(made, kept)
@@ -204,14 +215,15 @@ class Int8Work:
         asked = self._asked().items()
         return found if all(found.facts.get(key) == value for key, value in asked) else None
 
-    def _measure(self, chosen: Sequence[Site], able: tuple[Operand, ...], *, adapted: bool) -> Calibration:
-        bundle, group_of = self._float(adapted=adapted), _grouping(chosen)
-        watched = watch(bundle, able, self.options.work)
-        ranges = watched.observed.ranges()
+    def _measure(
+        self, chosen: Sequence[Site], able: Mapping[str, tuple[Operand, ...]], *, adapted: bool
+    ) -> Calibration:
+        bundle, group_of, unet = self._float(adapted=adapted), _grouping(chosen), able["unet"]
+        watched = watch(bundle, unet, self.options.work, able["vae_decoder"])
         count = 2 if _is_large(chosen) else 8
-        errors, together, points = self._sensitivity(bundle, able, watched, group_of, count)
+        errors, together, points = self._sensitivity(bundle, unet, watched, group_of, count)
         batch, sizes = len(watched.feeds[0]["sample"]), watched.observed.sizes
-        costs = grouped(multiplications(self.model.graphs["unet"], chosen, able, sizes, batch), group_of)
+        costs = grouped(multiplications(self.model.graphs["unet"], chosen, unet, sizes, batch), group_of)
         facts = {
             **self._asked(),
             "runs": len(watched.feeds),
@@ -223,12 +235,13 @@ class Int8Work:
         measured = Calibration(
             self.model.architecture,
             self.model.fingerprint,
-            ranges,
+            watched.observed.ranges(),
             sensitivity={group: float(f"{error:.4g}") for group, error in errors.items()},
             facts=facts,
             multiplications=costs,
+            decoder_ranges=watched.decoder.ranges() if watched.decoder else {},
         )
-        return keep(measured, able, group_of, self.options.share_kept)
+        return keep(measured, unet, group_of, self.options.share_kept)
 
     def _sensitivity(
         self,

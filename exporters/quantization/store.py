@@ -20,13 +20,14 @@ BUNDLE_FILE = "calibration.json"  # its name inside a bundle
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranges of the UNet's activations and what was left in higher precision.
+    """Ranges of activations, and what of the UNet was left in higher precision.
 
     ``architecture`` is the digest of the graph whose tensors are named, ``fingerprint`` the checkpoint
     that was measured. ``ranges`` are by tensor. ``kept`` names the layers that stay in the type the rest has
     because quantizing them hurt, ``sensitivity`` the error each group caused by itself, largest first, and
     ``multiplications`` those of one run, by group; of an earlier Kiln's none are known. ``facts`` say how it
-    was measured.
+    was measured. ``ranges`` are the UNet's, ``decoder_ranges`` those of the VAE's decoder, whose activations
+    stay as they are where there are none.
     """
 
     architecture: str
@@ -36,6 +37,11 @@ class Calibration:
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     multiplications: Mapping[str, float] = field(default_factory=dict)
+    decoder_ranges: Mapping[str, ActivationRange] = field(default_factory=dict)
+
+    def ranges_of(self, component: str) -> Mapping[str, ActivationRange]:
+        """The ranges of a component's activations, by tensor; of most there are none."""
+        return {"unet": self.ranges, "vae_decoder": self.decoder_ranges}.get(component, {})
 
     @property
     def counted(self) -> bool:
@@ -53,8 +59,9 @@ class Calibration:
             "kept": list(self.kept),
             "sensitivity": dict(self.sensitivity),
             "multiplications": dict(self.multiplications),
-            "ranges": {name: [given.low, given.high] for name, given in sorted(self.ranges.items())},
+            "ranges": _rows(self.ranges),
             "symmetric": sorted(name for name, given in self.ranges.items() if given.symmetric),
+            "decoder_ranges": _rows(self.decoder_ranges),
         }
         return (json.dumps(value, indent=1) + "\n").encode()
 
@@ -80,14 +87,23 @@ def read_calibration(path: Path) -> Calibration:
         return Calibration(
             str(value["architecture"]),
             str(value["fingerprint"]),
-            {str(name): _range(row, symmetric=name in symmetric) for name, row in value["ranges"].items()},
+            _ranges(value["ranges"], symmetric),
             tuple(str(name) for name in value["kept"]),
             {str(name): float(error) for name, error in value["sensitivity"].items()},
             dict(value["facts"]),
             {str(name): _count(count) for name, count in value.get("multiplications", {}).items()},
+            _ranges(value.get("decoder_ranges", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise UsageError(f"{path} is no calibration: {exc!r:.200}") from exc
+
+
+def _rows(ranges: Mapping[str, ActivationRange]) -> dict[str, list[float]]:
+    return {name: [given.low, given.high] for name, given in sorted(ranges.items())}
+
+
+def _ranges(rows: Mapping[str, Any], symmetric: frozenset[str] = frozenset()) -> dict[str, ActivationRange]:
+    return {str(name): _range(row, symmetric=name in symmetric) for name, row in rows.items()}
 
 
 def _range(row: Any, *, symmetric: bool) -> ActivationRange:

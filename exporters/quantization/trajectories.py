@@ -37,7 +37,7 @@ SEED = 1000
 
 Compute = Callable[[Arrays], Mapping[str, np.ndarray]]
 Open = Callable[[Mapping[str, tuple[int, ...]]], Compute]
-"""Given the shapes of the inputs, what computes the UNet."""
+"""Given the shapes of the inputs, what computes a component."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +50,18 @@ class Trajectory:
 
 
 class _WatchingBackend:
-    """A backend whose UNet is computed by something else, which sees what goes in and out."""
+    """A backend of which some components are computed by something else, which sees what goes in and out."""
 
-    def __init__(self, inner: Backend, opener: Open) -> None:
+    def __init__(self, inner: Backend, openers: Mapping[str, Open]) -> None:
         self.name = inner.name
-        self._inner, self._opener = inner, opener
+        self._inner, self._openers = inner, openers
         self.probe, self.devices = inner.probe, inner.devices
 
     def prepare(self, source: GraphSource, options: PrepareOptions) -> Session:
-        if source.component != "unet":
+        opener = self._openers.get(source.component)
+        if opener is None:
             return self._inner.prepare(source, options)
-        return _WatchedSession(self._opener(options.shapes), InForce(self.name, "", "", "CPU", "fp32", 0))
+        return _WatchedSession(opener(options.shapes), InForce(self.name, "", "", "CPU", "fp32", 0))
 
 
 class _WatchedSession:
@@ -86,13 +87,13 @@ class Work:
     threads: int = 0
 
 
-def denoise(bundle: Bundle, work: Work, opener: Open | None = None) -> list[Trajectory]:
+def denoise(bundle: Bundle, work: Work, openers: Mapping[str, Open] | None = None) -> list[Trajectory]:
     """Draw every prompt with guidance, Euler over the whole schedule, in fp32, seed by seed.
 
     Args:
         bundle: what to draw with.
         work: what to draw.
-        opener: computes the UNet in place of the backend.
+        openers: what computes components in place of the backend, by their names.
 
     Raises:
         BackendError: no engine is here, or it refused.
@@ -103,7 +104,7 @@ def denoise(bundle: Bundle, work: Work, opener: Open | None = None) -> list[Traj
     from ...runtime.settings import Settings
 
     inner, device = _processor()
-    backend = inner if opener is None else _WatchingBackend(inner, opener)
+    backend = _WatchingBackend(inner, openers) if openers else inner
     settings = Settings(precision="fp32", threads=work.threads, cache=False)
     with Pipeline(bundle, Sessions(bundle, settings, backend, device)) as pipeline:
         return [_draw(pipeline, work, prompt, SEED + i) for i, prompt in enumerate(work.prompts)]

@@ -34,7 +34,7 @@ def test_a_peer_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 def test_limits_have_their_rows() -> None:
-    for name in ("int8_step_time_ratio", "int8_size_ratio", "int8_peak_rss_gb"):
+    for name in ("int8_step_time_ratio", "int8_decode_time_ratio", "int8_size_ratio", "int8_peak_rss_gb"):
         assert THRESHOLDS[name].at_most
     for precision in ("int8", "int8_full"):
         assert not THRESHOLDS[f"{precision}_image_psnr_db"].at_most
@@ -49,6 +49,16 @@ def test_parity_of_the_bundle_is_checked(tmp_path: Path) -> None:
     assert (good.threshold, good.passed) == ("int8_full_image_psnr_db", True)
     assert (bad.threshold, bad.passed) == ("int8_full_image_ssim", False)
     assert int8_step._parity_checks(open_bundle(EMOJI)) == []
+
+
+def test_decoding_is_timed_in_turns() -> None:
+    pytest.importorskip("openvino")
+    line = ["b", "p", "--size", "64", "--rounds", "3", "--warmups", "1", "--precision", "fp32"]
+    emoji = open_bundle(EMOJI)
+    one, other = int8_step.decode_times({"int8": emoji, "floats": emoji}, int8_step.parser().parse_args(line))
+    assert (one.name, other.name, one.unit) == ("decoding, int8", "decoding, floats", "s")
+    assert [len(samples.values) for samples in (one, other)] == [3, 3]
+    assert min(*one.values, *other.values) > 0
 
 
 def test_sizes_are_those_of_the_files() -> None:

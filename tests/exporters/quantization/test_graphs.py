@@ -13,7 +13,7 @@ from onnx import helper
 import kiln
 from kiln.exporters.graphs import find_graph
 from kiln.exporters.quantization.observe import Observed, best_range, observing_graph, saturated_share
-from kiln.exporters.quantization.plan import activations, weight_sites
+from kiln.exporters.quantization.plan import activations, decoder_activations, weight_sites
 from kiln.exporters.quantization.qdq import Operand, Site, operands, quantize_activations, sites
 from kiln.exporters.quantization.quantize import ActivationRange, fake_quantize
 from kiln.exporters.quantization.sensitivity import (
@@ -115,6 +115,12 @@ def test_the_unet_of_the_bundled_model() -> None:
     assert {operand.layer for operand in products} < {site.weight for site in chosen}
     assert not any("time_emb" in o.layer or "attn2.to_k" in o.layer for o in products)
     assert all(s.shape[0] == graph_shape(graph, s.weight)[0] for s in chosen)
+
+
+def test_the_decoder_of_the_bundled_model_is_too_small() -> None:
+    config = UNET.parent.parent / "vae_decoder/config.json"
+    graph = find_graph("vae_decoder", json.loads(config.read_text()))
+    assert decoder_activations(weight_sites("vae_decoder", graph)) == ()
 
 
 def graph_shape(graph: onnx.ModelProto, name: str) -> tuple[int, ...]:
