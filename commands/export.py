@@ -85,7 +85,7 @@ def _int8(options: dict[str, Any], storage: str) -> Int8Options | None:
     "--precision",
     default="auto",
     help="Type weights are stored in: auto (the checkpoint's own), fp32, fp16, bf16, int8; int8-full has the "
-    "UNet compute in int8 too.",
+    "UNet and the VAE's decoder compute in int8 too.",
 )
 @click.option("--variant", help="Which weights of a diffusers folder: fp16 for *.fp16.safetensors.")
 @click.option("--ema", is_flag=True, help="Take the EMA weights of a single file that has both.")
