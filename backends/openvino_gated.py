@@ -27,6 +27,7 @@ import numpy as np
 from ..int8 import SCALE_SUFFIX
 from .openvino_mapped import FLOATS, Rows, Stored, mapped_rows, stored_tensors
 from .openvino_storage import decompressed, dequantized
+from .openvino_walk import transposed_matrix
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,13 @@ def _gelu_and_product(split: Any) -> tuple[Any, Any] | None:
 
 def _weight_name(matmul: Any) -> str:
     """The name of the stored ``(out, in)`` matrix that a product transposes; empty if there is none."""
-    facts = matmul.get_attributes()
-    node = matmul.input_value(1).get_node()
-    transposed = bool(facts["transpose_b"])
-    if node.get_type_name() == "Transpose":
-        transposed = not transposed and len(node.output(0).get_shape()) == 2
-        node = node.input_value(0).get_node()
+    matrix = transposed_matrix(matmul)
+    if matrix is None:
+        return ""
+    node = matrix.get_node()
     if node.get_type_name() == "Multiply":  # of int8 values with their scales
         node = node.input_value(0).get_node()
-    return _stored_name(node) if transposed and not facts["transpose_a"] else ""
+    return _stored_name(node)
 
 
 def _stored_name(node: Any) -> str:

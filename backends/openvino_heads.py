@@ -24,29 +24,31 @@ import numpy as np
 
 from .openvino_numbers import integers
 from .openvino_storage import StoredWeight, stored_weight, weight
-from .openvino_upsample import only_reader, value_by_value
+from .openvino_walk import only_reader, transposed_matrix, value_by_value
 
 VECTOR = 16  # float32 in 512 bits
 LEAST = 2048
 _HEADS_FIRST = [0, 2, 1, 3]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Values:
     """An attention, and what lies on both sides of it.
 
-    ``made`` is the product that gives the values, ``turned`` the transposition of its heads. Behind are
-    ``back``, which turns the heads again, ``joined``, which joins them, the nodes ``between`` that quantize,
-    and the product ``used``.
+    Its values are ``tokens`` times the matrix ``before``, with heads that ``turned`` turns. Behind, ``back``
+    turns them again, ``joined`` joins them, the nodes ``between`` quantize, and ``used`` is the product with
+    the matrix ``after``.
     """
 
     attention: Any
-    made: Any
+    tokens: Any
+    before: StoredWeight
     turned: Any
     back: Any
     joined: Any
     between: Sequence[Any]
     used: Any
+    after: StoredWeight
 
 
 def fill_vectors(model: Any) -> int:
@@ -57,13 +59,9 @@ def fill_vectors(model: Any) -> int:
     """
     found = [_values(op) for op in model.get_ordered_ops() if _ends_within_vector(op)]
     fitting = [values for values in found if values is not None]
-    changed = 0
     for values in fitting:
-        before, after = _matrix(values.made), _matrix(values.used)
-        if before is not None and after is not None:
-            _rewrite(values, before, after)
-            changed += 1
-    return changed
+        _rewrite(values)
+    return len(fitting)
 
 
 def _ends_within_vector(op: Any) -> bool:
@@ -75,23 +73,27 @@ def _ends_within_vector(op: Any) -> bool:
 
 def _values(attention: Any) -> _Values | None:
     """What lies around an attention; None if it is not as the precondition says."""
+    _, heads, _, channels = attention.input_value(2).get_shape()
     turned = attention.input_value(2).get_node()
     split = turned.input_value(0).get_node() if _turns_heads(turned) else None
-    if split is None or split.get_type_name() != "Reshape" or only_reader(split) is None:
+    if split is None or only_reader(turned, 2) is None or only_reader(split) is None:
         return None
-    made = split.input_value(0).get_node()
-    back = only_reader(attention)
+    made, back = split.input_value(0).get_node(), only_reader(attention)
     joined = only_reader(back) if back is not None and _turns_heads(back) else None
-    if joined is None or joined.get_type_name() != "Reshape" or only_reader(turned, 2) is None:
+    if joined is None or only_reader(made) is None:
         return None
-    batch, heads, tokens, channels = attention.output(0).get_shape()
-    if list(joined.output(0).get_shape()) != [batch, tokens, heads * channels]:
+    if {split.get_type_name(), joined.get_type_name()} != {"Reshape"}:
+        return None
+    # Heads lie side by side in the last of three axes, as many before as behind.
+    sides = [output.get_partial_shape() for output in (split.input_value(0), joined.output(0))]
+    if any(side.is_dynamic or list(side.to_shape())[2:] != [heads * channels] for side in sides):
         return None
     *between, used = value_by_value(joined)
-    products = [node for node in (made, used) if node is not None and node.get_type_name() == "MatMul"]
-    if len(products) < 2 or only_reader(made) is None:
+    before, after = _matrix(made), _matrix(used)
+    if before is None or after is None:
         return None
-    return _Values(attention, made, turned, back, joined, between, used)
+    tokens = made.input_value(0)
+    return _Values(attention, tokens, before, turned, back, joined, between, used, after)
 
 
 def _turns_heads(op: Any) -> bool:
@@ -101,24 +103,21 @@ def _turns_heads(op: Any) -> bool:
     return order.get_type_name() == "Constant" and order.get_data().tolist() == _HEADS_FIRST
 
 
-def _matrix(matmul: Any) -> StoredWeight | None:
-    """The stored matrix ``(out, in)`` that a product transposes; None if it does not."""
-    how, source = matmul.get_attributes(), matmul.input_value(1)
-    transposed = bool(how["transpose_b"])
-    if source.get_node().get_type_name() == "Transpose":
-        transposed, source = not transposed, source.get_node().input_value(0)
-    found = stored_weight(source)
-    if found is None or not transposed or how["transpose_a"] or found.values.ndim != 2:
+def _matrix(op: Any) -> StoredWeight | None:
+    """The stored matrix ``(out, in)`` that a product transposes; None if ``op`` is no such product."""
+    if op is None or op.get_type_name() != "MatMul":
         return None
-    return found
+    matrix = transposed_matrix(op)
+    found = None if matrix is None else stored_weight(matrix)
+    return found if found is not None and found.values.ndim == 2 else None
 
 
-def _rewrite(values: _Values, before: StoredWeight, after: StoredWeight) -> None:
+def _rewrite(values: _Values) -> None:
     from openvino import opset13 as ops
 
     _, heads, _, channels = values.attention.input_value(2).get_shape()
     wide = -(-channels // VECTOR) * VECTOR
-    made = _product(values.made.input_value(0), _padded(before, 0, heads, wide))
+    made = _product(values.tokens, _padded(values.before, 0, heads, wide))
     split = ops.reshape(made, integers(0, 0, heads, wide), True)
     values.turned.input(0).replace_source_output(split.output(0))
     for op in (values.turned, values.attention, values.back):
@@ -129,7 +128,7 @@ def _rewrite(values: _Values, before: StoredWeight, after: StoredWeight) -> None
         op.input(0).replace_source_output(last)
         op.validate_and_infer_types()
         last = op.output(0)
-    values.used.output(0).replace(_product(last, _padded(after, 1, heads, wide)).output(0))
+    values.used.output(0).replace(_product(last, _padded(values.after, 1, heads, wide)).output(0))
 
 
 def _product(tokens: Any, matrix: StoredWeight) -> Any:

@@ -34,10 +34,10 @@ import numpy as np
 
 from .openvino_numbers import integers, number
 from .openvino_storage import StoredWeight, stored_weight, weight
+from .openvino_walk import value_by_value
 
 LARGEST = 256 << 20
 _ROWS, _COLUMNS = 1, 2
-_VALUE_BY_VALUE = ("FakeQuantize", "Convert", "Subtract", "Multiply")
 
 
 def multiply_before_upsampling(model: Any) -> int:
@@ -92,31 +92,6 @@ def _readers_of(op: Any) -> list[Any]:
         and found.get("auto_pad", "explicit") == "explicit"
     )
     return readers if plain else []
-
-
-def value_by_value(op: Any) -> list[Any | None]:
-    """The nodes behind ``op`` that quantize by one scale, each alone to read the one before; and the next.
-
-    That one is None where several read, or none.
-    """
-    readers = [only_reader(op)]
-    while readers[-1] is not None and _is_value_by_value(readers[-1]):
-        readers.append(only_reader(readers[-1]))
-    return readers
-
-
-def only_reader(op: Any, place: int = 0) -> Any | None:
-    """The node that alone reads ``op``'s output, as its first input or the one at a place."""
-    entries = list(op.output(0).get_target_inputs())
-    return entries[0].get_node() if len(entries) == 1 and entries[0].get_index() == place else None
-
-
-def _is_value_by_value(op: Any) -> bool:
-    """Whether a value of the output depends on that of the first input alone, and not on its place."""
-    others = (op.input_value(i).get_partial_shape() for i in range(1, op.get_input_size()))
-    return op.get_type_name() in _VALUE_BY_VALUE and all(
-        shape.is_static and int(np.prod(list(shape.to_shape()))) == 1 for shape in others
-    )
 
 
 def _product(small: Any, kernel: StoredWeight) -> Any:

@@ -17,7 +17,6 @@ FP16_BUNDLE, its size is compared, and decoding by the VAE, where that is in int
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backends.base import Arrays, PrepareOptions, Session
+from ..backends.base import PrepareOptions
 from ..backends.openvino_backend import OpenVINOBackend
 from ..bundle import Bundle, open_bundle
 from ..errors import UsageError
@@ -89,10 +88,10 @@ def measure(args: argparse.Namespace) -> Report:
     }
     report.checks = [ratio_check("int8_step_time_ratio", own_times, peer_times), *_parity_checks(bundle)]
     if args.float:
-        ratio = _size(bundle) / _size(open_bundle(args.float))
-        report.checks.append(Check("int8_size_ratio", ratio))
+        floats = open_bundle(args.float)
+        report.checks.append(Check("int8_size_ratio", _size(bundle) / _size(floats)))
         if bundle.manifest["components"]["vae_decoder"].get("int8", {}).get("activations"):
-            decoding = decode_times({"int8": bundle, "floats": open_bundle(args.float)}, args)
+            decoding = decode_times({"int8": bundle, "floats": floats}, args)
             report.samples += decoding
             report.checks.append(ratio_check("int8_decode_time_ratio", *decoding))
     if not args.no_memory:
@@ -103,21 +102,20 @@ def measure(args: argparse.Namespace) -> Report:
 def decode_times(bundles: Mapping[str, Bundle], args: argparse.Namespace) -> list[Samples]:
     """Seconds to decode one image with each bundle's VAE, taking turns."""
     cells = args.size // 8
-    latents = np.random.default_rng(0).standard_normal((1, 4, cells, cells), np.float32)
-    options = PrepareOptions({"latent_sample": latents.shape}, precision=args.precision, threads=args.threads)
-    backend = OpenVINOBackend()
-    sessions = {name: backend.prepare(b.source("vae_decoder"), options) for name, b in bundles.items()}
-    steps: dict[str, Step] = {
-        name: functools.partial(_decoded, session) for name, session in sessions.items()
-    }
-    times = interleaved(steps, {"latent_sample": latents}, args.rounds, args.warmups)
-    for session in sessions.values():
-        session.close()
+    feeds = {"latent_sample": np.random.default_rng(0).standard_normal((1, 4, cells, cells), np.float32)}
+    options = PrepareOptions(
+        {name: array.shape for name, array in feeds.items()},
+        precision=args.precision,
+        threads=args.threads,
+    )
+
+    def step(bundle: Bundle) -> Step:
+        session = OpenVINOBackend().prepare(bundle.source("vae_decoder"), options)
+        return lambda given: session.run(given)["sample"]
+
+    steps = {name: step(bundle) for name, bundle in bundles.items()}
+    times = interleaved(steps, feeds, args.rounds, args.warmups)
     return [Samples(f"decoding, {name}", "s", values) for name, values in times.items()]
-
-
-def _decoded(session: Session, feeds: Arrays) -> np.ndarray:
-    return session.run(feeds)["sample"]
 
 
 def kernels(bundle: Bundle) -> dict[str, int]:

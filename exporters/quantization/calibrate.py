@@ -13,7 +13,7 @@ from ...backends.base import Arrays, GraphSource
 from ...metrics import Threshold
 from .engines import open_graph
 from .limits import INT8_LIMITS
-from .observe import OBSERVING, Observed, observing_graph, saturated_share
+from .observe import Observed, observing_graph, saturated_share
 from .qdq import Operand
 from .quantize import ActivationRange
 from .trajectories import Compute, Open, Work, denoise
@@ -49,12 +49,12 @@ def watch(
     feeds: list[Arrays] = []
     outputs: list[np.ndarray] = []
 
-    def keep(given: Arrays, found: Mapping[str, np.ndarray]) -> None:
+    def remember(given: Arrays, found: Mapping[str, np.ndarray]) -> None:
         feeds.append({name: array.copy() for name, array in given.items()})
         outputs.append(found["out_sample"])
 
     with contextlib.ExitStack() as stack:
-        observed, opener = stack.enter_context(_observing(bundle.source("unet"), operands, work, keep))
+        observed, opener = stack.enter_context(_observing(bundle.source("unet"), operands, work, remember))
         openers, decoded = {"unet": opener}, None
         if decoder:
             decoded, openers["vae_decoder"] = stack.enter_context(
@@ -77,7 +77,9 @@ def _observing(
     tensors = list(dict.fromkeys(operand.tensor for operand in operands))
     observed = Observed(tensors, (operand.tensor for operand in operands if operand.symmetric))
     path = source.graph_path.with_name("observing.onnx")
-    graph = observing_graph(onnx.load(source.graph_path, load_external_data=False), tensors)
+    plain = onnx.load(source.graph_path, load_external_data=False)
+    outputs = [port.name for port in plain.graph.output]
+    graph = observing_graph(plain, tensors)
 
     def opener(shapes: Mapping[str, tuple[int, ...]]) -> Compute:
         run = open_graph(graph, path, shapes, threads=work.threads)
@@ -86,7 +88,7 @@ def _observing(
             found = run(given)
             observed.add(found)
             also(given, found)
-            return {name: array for name, array in found.items() if not name.startswith(OBSERVING)}
+            return {name: found[name] for name in outputs}
 
         return compute
 

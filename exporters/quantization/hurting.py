@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 _LEVEL = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.")
-_SHORTCUT = ".conv_shortcut."
+SHORTCUT = ".conv_shortcut."
 
 
 def hurting_weights(names: Iterable[str]) -> tuple[str, ...]:
@@ -28,4 +28,4 @@ def hurting_weights(names: Iterable[str]) -> tuple[str, ...]:
     named = tuple(names)
     levels = [int(found[2]) for name in named if (found := _LEVEL.match(name)) and found[1] == "up_blocks"]
     outermost = ("down_blocks.0.", f"up_blocks.{max(levels, default=0)}.")
-    return tuple(name for name in named if name.startswith(outermost) or _SHORTCUT in name)
+    return tuple(name for name in named if name.startswith(outermost) or SHORTCUT in name)

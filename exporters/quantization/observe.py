@@ -13,7 +13,6 @@ from .quantize import ActivationRange, fake_quantize
 if TYPE_CHECKING:
     import onnx
 
-OBSERVING = "observe_"  # what the names of all that is added begin with
 # Values of one tensor that are kept of one run, about; and of which at most so many are used.
 SAMPLES = 2048
 _STRIDE_UNIT = 30

@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import CheckpointError
 from ...int8 import SCALE_SUFFIX
 from .attention import score_operands
-from .hurting import hurting_weights
+from .hurting import SHORTCUT, hurting_weights
 from .qdq import Operand, Site, operands, quantize_activations, sites
 from .quantize import quantize_weight
 from .store import Calibration
@@ -33,10 +33,10 @@ _MULTIPLE = 8
 # First and last convolution: 0.1 % of the work; of the bundled model's activations, that of the first alone
 # makes half of the squared error (0.030 of 0.042).
 _ENDS = ("conv_in.weight", "conv_out.weight")
-# Layers of a VAE's decoder behind a normalization, but for the shortcuts. With shortcuts and upsamplers in
-# int8 too SD1.5's (random weights) decodes 512x512 in 3.5 s, 38 dB from fp32; without in 4.0 s and 49.6 dB,
-# as near as bf16, which takes 5.9 s. A tiny autoencoder normalizes nothing.
-_NORMALIZED, _SHORTCUT = (".resnets.", ".attentions."), ".conv_shortcut."
+# Of a VAE's decoder. With shortcuts and upsamplers in int8 too SD1.5's (random weights) decodes 512x512 in
+# 3.5 s, 38 dB from fp32; without in 4.0 s and 49.6 dB, as near as bf16, which takes 5.9 s (OpenVINO; ONNX
+# Runtime takes 14.4 s in place of 12.5). A tiny autoencoder normalizes nothing.
+_NORMALIZED = (".resnets.", ".attentions.")
 # Their activations have one row or come from the text: less than 2 % of the work.
 _WEIGHT_ONLY = ("time_embedding.", ".time_emb_proj.", ".attn2.to_k.", ".attn2.to_v.")
 
@@ -56,16 +56,19 @@ def _fits(site: Site) -> bool:
     return size >= _LEAST_WEIGHT and size % _MULTIPLE == 0
 
 
-def activations(graph: onnx.ModelProto, chosen: Sequence[Site]) -> tuple[Operand, ...]:
+def unet_activations(graph: onnx.ModelProto, chosen: Sequence[Site]) -> tuple[Operand, ...]:
     """What else of a UNet may be int8: what meets the int8 weights of some sites, and queries and keys."""
     able = [site for site in chosen if not any(part in site.weight for part in _WEIGHT_ONLY)]
     return operands(able) + score_operands(graph, chosen)
 
 
 def decoder_activations(chosen: Sequence[Site]) -> tuple[Operand, ...]:
-    """What of a VAE's decoder may be int8: the inputs of its int8 weights that come from a normalization."""
+    """What else of a VAE's decoder may be int8: what meets the int8 weights of its resnets and attentions.
+
+    These begin with a normalization. Shortcuts do not, nor do upsamplers.
+    """
     normalized = [s for s in chosen if any(part in s.weight for part in _NORMALIZED)]
-    return operands([site for site in normalized if _SHORTCUT not in site.weight])
+    return operands([site for site in normalized if SHORTCUT not in site.weight])
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Int8Plan:
         """The scales of a weight that was quantized before, by their own name; once."""
         return self._scales.pop(name)
 
-    def activations(self, component: str) -> tuple[Operand, ...]:
+    def quantized_activations(self, component: str) -> tuple[Operand, ...]:
         """What of a component goes through uint8."""
         if self.calibration is None:
             return ()
@@ -120,7 +123,7 @@ class Int8Plan:
 
     def finish_graph(self, component: str, graph: onnx.ModelProto) -> None:
         """Put the activations of a bound graph through uint8 where that is planned; in place."""
-        chosen = self.activations(component)
+        chosen = self.quantized_activations(component)
         if self.calibration is not None and chosen:
             quantize_activations(graph, chosen, self.calibration.ranges_of(component))
 
@@ -128,12 +131,12 @@ class Int8Plan:
         """For the manifest: how many weights and activations are int8, and what was kept because it hurt."""
         chosen = self.chosen.get(component, ())
         facts: dict[str, object] = {"weights": len(chosen)}
+        if component in self.able:
+            facts["activations"] = len(self.quantized_activations(component))
         if component == "unet":
             facts["weights_kept"] = list(self.weights_kept)
-        if self.calibration is not None and component in self.able:
-            facts["activations"] = len(self.activations(component))
-        if self.calibration is not None and component == "unet":
-            facts["kept"] = list(self.calibration.kept)
+            if self.calibration is not None:
+                facts["kept"] = list(self.calibration.kept)
         return facts
 
 

@@ -23,9 +23,9 @@ from .multiplications import multiplications
 from .plan import (
     FULL,
     Int8Plan,
-    activations,
     decoder_activations,
     full_plan,
+    unet_activations,
     weight_sites,
     weights_plan,
 )
@@ -132,7 +132,7 @@ class Int8Work:
         if not chosen["unet"]:
             raise UsageError("the UNet is too small for int8; export it as fp16")
         able = {
-            "unet": activations(self.model.graphs["unet"], chosen["unet"]),
+            "unet": unet_activations(self.model.graphs["unet"], chosen["unet"]),
             "vae_decoder": decoder_activations(chosen["vae_decoder"]),
         }
         return full_plan(chosen, able, self._calibration(chosen["unet"], able))
@@ -161,7 +161,7 @@ class Int8Work:
         """Whether a calibration of the base fits the model with adapters, on a few steps of one prompt."""
         calibration = self.plan.calibration
         assert calibration is not None
-        used = self.plan.activations("unet")
+        used = self.plan.quantized_activations("unet")
         work = Work(self.options.prompts[:1], min(4, self.options.steps), self.options.size)
         self.fit = measure_fit(calibration.ranges, watch(self._float(adapted=True), used, work).observed)
         misfit = self.fit.misfits()
@@ -187,8 +187,8 @@ class Int8Work:
         ):
             where = "the calibration of the bundle"
             return kept_anew(inherited, able["unet"], group_of, self.options.most_kept, where)
-        cached = self._from_cache(kept)
-        if cached is not None and (cached.decoder_ranges or not able["vae_decoder"]):
+        cached = self._from_cache(kept, decoder=bool(able["vae_decoder"]))
+        if cached is not None:
             return kept_anew(cached, able["unet"], group_of, self.options.share_kept, str(kept))
         made = self._measure(chosen, able, adapted=False)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the measuring next time
@@ -200,7 +200,7 @@ class Int8Work:
         work = self.options.work
         return {"prompts": list(work.prompts), "steps": work.steps, "size": work.size}
 
-    def _from_cache(self, kept: Path) -> Calibration | None:
+    def _from_cache(self, kept: Path, *, decoder: bool) -> Calibration | None:
         """This machine's calibration of the checkpoint, None if there is none that was measured as asked."""
         if not kept.is_file():
             return None
@@ -210,7 +210,7 @@ class Int8Work:
         except UsageError as exc:
             log.warning("a cached calibration is thrown away and made again: %s", exc)
             return None
-        if not found.counted:  # an earlier Kiln's
+        if not found.counted or (decoder and not found.decoder_ranges):  # an earlier Kiln's
             return None
         asked = self._asked().items()
         return found if all(found.facts.get(key) == value for key, value in asked) else None

@@ -22,12 +22,12 @@ BUNDLE_FILE = "calibration.json"  # its name inside a bundle
 class Calibration:
     """Ranges of activations, and what of the UNet was left in higher precision.
 
-    ``architecture`` is the digest of the graph whose tensors are named, ``fingerprint`` the checkpoint
-    that was measured. ``ranges`` are by tensor. ``kept`` names the layers that stay in the type the rest has
-    because quantizing them hurt, ``sensitivity`` the error each group caused by itself, largest first, and
+    ``architecture`` is the digest of the UNet's graph, ``fingerprint`` the checkpoint that was measured.
+    ``ranges`` are those of the UNet's tensors, ``decoder_ranges`` of the VAE's decoder: where there are none,
+    its activations stay as they are. ``kept`` names the layers that stay in the type the rest has because
+    quantizing them hurt, ``sensitivity`` the error each group caused by itself, largest first, and
     ``multiplications`` those of one run, by group; of an earlier Kiln's none are known. ``facts`` say how it
-    was measured. ``ranges`` are the UNet's, ``decoder_ranges`` those of the VAE's decoder, whose activations
-    stay as they are where there are none.
+    was measured.
     """
 
     architecture: str

@@ -73,8 +73,10 @@ def graph_of(int8: bool, **change: Any) -> Any:
         ]
 
     rows: list[Row] = []
+    if change.get("flat"):  # tokens of all images one below the other
+        rows += [("Reshape", ["x", "flat"], ["x.flat"], {})]
     for name, kind in zip(NAMES, "qkv", strict=False):
-        rows += product("x", name, kind)
+        rows += product("x.flat" if change.get("flat") else "x", name, kind)
         rows += [
             ("Reshape", [kind, "split"], [f"{kind}.split"], {}),
             ("Transpose", [f"{kind}.split"], [f"{kind}.heads"], {"perm": [0, 2, 1, 3]}),
@@ -89,7 +91,8 @@ def graph_of(int8: bool, **change: Any) -> Any:
     if change.get("read_twice"):
         rows += [("Add", ["y", "v"], ["z"], {})]
     given = weights(int8) | {
-        "split": np.array([0, 0, HEADS, CHANNELS]),
+        "split": np.array([BATCH, TOKENS, HEADS, CHANNELS]),
+        "flat": np.array([BATCH * TOKENS, WIDTH]),
         "join": np.array([BATCH, TOKENS, WIDTH]),
     }
     graph = helper.make_graph(
@@ -165,7 +168,7 @@ def test_zeros_in_the_wrong_place_are_found(int8: bool, monkeypatch: pytest.Monk
     assert not LIMIT.holds(relative_l2(run_model(model), expected_of(int8)))
 
 
-@pytest.mark.parametrize("change", [{"order": [0, 1, 2, 3]}, {"read_twice": True}])
+@pytest.mark.parametrize("change", [{"order": [0, 1, 2, 3]}, {"read_twice": True}, {"flat": True}])
 def test_other_attentions_are_left_alone(change: dict[str, Any]) -> None:
     assert openvino_heads.fill_vectors(model_of(**change)) == 0
 

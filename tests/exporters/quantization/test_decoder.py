@@ -83,7 +83,10 @@ def latents(small_int8: None, tiny_bundle: Path) -> np.ndarray:
 
 
 def decoded(
-    bundle: Bundle, latents: np.ndarray, engine: str, change: Callable[[onnx.ModelProto], object] = id
+    bundle: Bundle,
+    latents: np.ndarray,
+    engine: str,
+    change: Callable[[onnx.ModelProto], object] = lambda graph: None,
 ) -> np.ndarray:
     path = bundle.source("vae_decoder").graph_path
     graph = onnx.load(path, load_external_data=False)
@@ -138,6 +141,11 @@ def test_lowered_to_fp16_it_computes_the_same(made: Bundle, tiny_bundle: Path, l
     found = decoded(made, latents, "onnxruntime", lambda graph: graph.CopyFrom(lowered))
     exact = decoded(open_bundle(tiny_bundle), latents, "onnxruntime")
     assert relative_l2(found, exact) < NEAR
+    rough = onnx.ModelProto()
+    rough.CopyFrom(lowered)
+    coarser(rough)
+    planted = decoded(made, latents, "onnxruntime", lambda graph: graph.CopyFrom(rough))
+    assert relative_l2(planted, exact) > NEAR
 
 
 def test_torch_refuses_it(made: Bundle) -> None:

@@ -14,7 +14,7 @@ import kiln
 from kiln.exporters.graphs import find_graph
 from kiln.exporters.quantization import plan
 from kiln.exporters.quantization.observe import Observed, best_range, observing_graph, saturated_share
-from kiln.exporters.quantization.plan import activations, decoder_activations, weight_sites
+from kiln.exporters.quantization.plan import decoder_activations, unet_activations, weight_sites
 from kiln.exporters.quantization.qdq import Operand, Site, operands, quantize_activations, sites
 from kiln.exporters.quantization.quantize import ActivationRange, fake_quantize
 from kiln.exporters.quantization.sensitivity import (
@@ -111,7 +111,7 @@ def test_the_unet_of_the_bundled_model() -> None:
     assert kinds["Conv"] == sum(n.op_type == "Conv" for n in graph.graph.node) - 2  # first and last
     assert kinds["Gather"] == 0
     assert not any("conv_in" in s.weight or "conv_out" in s.weight for s in chosen)
-    able = activations(graph, chosen)
+    able = unet_activations(graph, chosen)
     products = [operand for operand in able if not operand.symmetric]
     assert {operand.layer for operand in products} < {site.weight for site in chosen}
     assert not any("time_emb" in o.layer or "attn2.to_k" in o.layer for o in products)

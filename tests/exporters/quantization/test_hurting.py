@@ -13,7 +13,14 @@ import kiln
 from kiln.exporters.graphs import find_graph
 from kiln.exporters.parts import shipped_config
 from kiln.exporters.quantization.hurting import hurting_weights
-from kiln.exporters.quantization.plan import FULL, WEIGHTS, activations, full_plan, weight_sites, weights_plan
+from kiln.exporters.quantization.plan import (
+    FULL,
+    WEIGHTS,
+    full_plan,
+    unet_activations,
+    weight_sites,
+    weights_plan,
+)
 from kiln.exporters.quantization.store import Calibration
 
 EMOJI = json.loads((Path(kiln.__file__).parent / "models/emoji/unet/config.json").read_text())
@@ -82,7 +89,7 @@ def test_with_int8_activations_a_weight_is_left_where_its_activation_is() -> Non
     hurting = hurting_weights(site.weight for site in sites)
     kept = (hurting[0], "mid_block.attentions.0.proj_in.weight")
     chosen = {"unet": sites, "text_encoder": (), "vae_decoder": ()}
-    plan = full_plan(chosen, {"unet": activations(graph, sites)}, Calibration("a", "f", {}, kept))
+    plan = full_plan(chosen, {"unet": unet_activations(graph, sites)}, Calibration("a", "f", {}, kept))
     assert plan.precision == FULL
     assert plan.weights_kept == kept[:1]
     assert {s.weight for s in sites} - {s.weight for s in plan.chosen["unet"]} == {kept[0]}

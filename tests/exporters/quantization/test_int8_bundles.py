@@ -92,7 +92,7 @@ def test_the_manifest_says_what_was_measured(
     graph = onnx.load(bundle.path / "unet/model.onnx", load_external_data=False)
     kinds = [node.op_type for node in graph.graph.node]
     before = onnx.load(tiny_bundle / "unet/model.onnx", load_external_data=False)
-    able = plan.activations(before, plan.weight_sites("unet", before))
+    able = plan.unet_activations(before, plan.weight_sites("unet", before))
     assert 0 < facts["activations"] <= facts["weights"] + len(facts["weights_kept"])
     assert facts["activations"] == len(able) - len(facts["kept"])
     assert set(facts["kept"]) <= {operand.layer for operand in able}

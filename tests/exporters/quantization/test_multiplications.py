@@ -12,7 +12,7 @@ import kiln
 from kiln.bundle import open_bundle
 from kiln.exporters.graphs import find_graph
 from kiln.exporters.quantization.multiplications import multiplications
-from kiln.exporters.quantization.plan import activations, weight_sites
+from kiln.exporters.quantization.plan import unet_activations, weight_sites
 
 EMOJI = Path(kiln.__file__).parent / "models/emoji"
 BATCH, SIDE, TOKENS = 2, 16, 32
@@ -61,7 +61,9 @@ def sizes_of(names: list[str]) -> dict[str, int]:
 def test_a_query_whose_key_stays_costs_its_own_values() -> None:
     graph = find_graph("unet", json.loads((EMOJI / "unet/config.json").read_text()))
     sites = weight_sites("unet", graph)
-    able = [operand for operand in activations(graph, sites) if not operand.layer.endswith(".scores.key")]
+    able = [
+        operand for operand in unet_activations(graph, sites) if not operand.layer.endswith(".scores.key")
+    ]
     sizes = {operand.tensor: 1000 + index for index, operand in enumerate(able)}
     found = multiplications(graph, sites, able, sizes, BATCH)
     queries = [operand for operand in able if operand.layer.endswith(".scores.query")]
@@ -73,7 +75,7 @@ def test_they_are_those_that_torch_counts() -> None:
     layers, scores = counted_by_torch()
     graph = find_graph("unet", json.loads((EMOJI / "unet/config.json").read_text()))
     sites = weight_sites("unet", graph)
-    able = activations(graph, sites)
+    able = unet_activations(graph, sites)
     sizes = sizes_of(list(dict.fromkeys(operand.tensor for operand in able)))
     found = multiplications(graph, sites, able, sizes, BATCH)
     products = {layer: count for layer, count in found.items() if ".scores." not in layer}
